@@ -1,0 +1,44 @@
+"""LAWCAT: convolution and normalised gated linear attention, no window, no RoPE (Liu et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from linearize.methods.base import Method, Stage, option
+from linearize.modeling.spec import MixerSpec
+
+if TYPE_CHECKING:
+    from linearize.conversion.calibration import Calibration
+    from linearize.modeling.mixer import Mixer
+
+
+@dataclass(frozen=True)
+class Lawcat(Method):
+    """Causal depthwise convolution on q and k, then gated linear attention whose denominator decays too."""
+
+    paper = "https://aclanthology.org/2025.findings-emnlp.1103"
+    stages = (Stage("attention", 1_000_000, 1e-2, loss="mse"), Stage("lora", 1_000_000, 1e-4, loss="ce"))
+
+    conv: int = option(4, "taps of the convolution on q and k; 0 is none")
+    feature_dim: int = option(0, "columns of W; 0 is the head dimension")
+    gate_rank: int = option(16, "rank of the gate's projection")
+    share_kv: bool = option(False, "one memory for each kv head")
+    window: int = option(0, "exact tokens beside the memory; the paper has none")
+    sinks: int = option(0, "exact first tokens; needs a window")
+
+    def mixer(self) -> MixerSpec:
+        near = bool(self.window)
+        return MixerSpec(
+            feature_map="hedgehog", feature_dim=self.feature_dim, tied_maps=True, share_kv=self.share_kv, decay="channel",
+            gate_rank=self.gate_rank, conv=self.conv, far_rope=False, window=self.window, sinks=self.sinks,
+            merge="denominator" if near else "far", coverage="older" if near else "all", far_mass="head" if near else "none",
+        )  # fmt: skip
+
+    def initialise(self, mixer: Mixer, calibration: Calibration, start: str) -> None:
+        from linearize.methods import starts
+
+        starts.fit_decay(mixer, calibration)
+        if start == "calibrated":
+            starts.scale_maps(mixer, calibration)
+            starts.fit_far_mass(mixer, calibration)

@@ -1,0 +1,179 @@
+"""The swapped attention: the model's own forward does projections, norms, RoPE and o_proj; its attention function is the mixer.
+
+The subclass takes the cache argument away from the original forward, so that no key or value is ever stored, and receives
+q, k, v after RoPE through transformers' AttentionInterface. The registered function is a trampoline to the module's own
+method: a checkpoint's copy of this file and an installed one can live in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError("linearize models need torch and transformers") from error
+
+from .memory import RecurrentLayer
+from .mixer import Inputs, Mixer
+from .rows import make_rows
+from .window import Scores
+
+IMPLEMENTATION = "linearize"
+ROW_BLOCK = 256
+Observer = Callable[["LinearizedAttention", Inputs, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one model call tells all its layers: mask (B, T) of real tokens, segments (B, T) of packed documents."""
+
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+
+
+class LinearizedAttention(nn.Module):
+    """Mixed in before a transformers attention class by `swap`. Modes: student (the mixer), teacher (the original
+    attention), observe (the original attention's output, with `linearize_observer` called on the mixer's inputs and it)."""
+
+    linearize: Mixer
+    linearize_mode: str
+    linearize_cache: str
+    linearize_index: int
+    linearize_configs: dict[str, Any]
+    linearize_observer: Observer | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = kwargs.pop("linearize_call", None)
+        if self.linearize_mode == "teacher":
+            return super().forward(*args, **kwargs)
+        cache = kwargs.pop(self.linearize_cache, None)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        rope = kwargs.get("position_embeddings")
+        kwargs[self.linearize_cache] = None
+        return super().forward(*args, **kwargs, linearize_context=(cache, hidden, rope, call))
+
+    def linearize_attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, context: tuple[Any, ...], score: Scores
+    ) -> Tensor:
+        """q (B, H, T, D), k and v (B, G, T, .) after RoPE; returns (B, T, H, V)."""
+        cache, hidden, rope, call = context
+        if call is None:
+            call = Call(mask if mask is not None and mask.dim() == 2 else None)
+        cos, sin = rope if rope is not None else (None, None)
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin)
+        if self.linearize_mode == "observe":
+            target = softmax_attention(inputs)
+            if self.linearize_observer is not None:
+                self.linearize_observer(self, inputs, target)
+            return target
+        layer = None if cache is None else cache_layer(cache, self.linearize_index)
+        state = None if layer is None else layer.state
+        out, after = self.linearize(inputs, state, keep=layer is not None)
+        if layer is not None and after is not None:
+            mixer, start = self.linearize, state
+
+            def replay(tokens: int) -> dict[str, Tensor]:
+                replayed = mixer(inputs.first(tokens), start, keep=True)[1] if tokens else start
+                if replayed is None:
+                    raise ValueError("a recurrent state cannot forget its first tokens: nothing was recorded before them")
+                return replayed  # type: ignore[no-any-return]
+
+            layer.advance(after, q.shape[2], replay)
+        return out  # type: ignore[no-any-return]
+
+
+def attention_function(
+    module: LinearizedAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    scale = kwargs.get("scaling")
+    score = Scores(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
+    return module.linearize_attend(query, key, value, attention_mask, kwargs["linearize_context"], score), None
+
+
+def mask_function(batch_size: int, q_length: int, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """The padding mask of the new tokens (B, T), as it is: no T x T mask is ever built."""
+    return None if attention_mask is None else attention_mask[:, -q_length:]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_function)
+AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
+
+
+def softmax_attention(inputs: Inputs) -> Tensor:
+    """The original attention, causal within each row or packed document, without a T x T tensor: (B, T, H, V)."""
+    batch, _, time, _ = inputs.q.shape
+    rows = make_rows(inputs.mask, inputs.segments, batch, time, inputs.q.device)
+    q, k, v = ((x if rows is None else rows.gather(x)) for x in (inputs.q, inputs.k, inputs.v))
+    if inputs.score.softcap is None:
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=inputs.score.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        blocks = []
+        for start in range(0, q.shape[2], ROW_BLOCK):
+            block = q[:, :, start : start + ROW_BLOCK]
+            last = start + block.shape[2]
+            scores = inputs.score(block, k[:, :, :last]).float()
+            later = torch.arange(last, device=q.device) > torch.arange(start, last, device=q.device)[:, None]
+            blocks.append(scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, :last])
+        out = torch.cat(blocks, dim=2)
+    return (out if rows is None else rows.scatter(out)).transpose(1, 2)
+
+
+def cache_layer(cache: Any, index: int) -> Any:
+    """This layer's place in a transformers cache; a stock layer that stands there unused is replaced by ours."""
+    upgrade_cache(cache, [index])
+    return cache.layers[index]
+
+
+def upgrade_cache(cache: Any, indices: list[int]) -> None:
+    """Put constant-size layers into a transformers cache at the converted indices. ValueError if a stock one holds tokens."""
+    blank = getattr(cache, "layer_class_to_replicate", None)
+    while len(cache.layers) <= max(indices):
+        cache.layers.append(blank() if blank is not None else RecurrentLayer())
+    for index in indices:
+        layer = cache.layers[index]
+        if getattr(layer, "is_linearize_layer", False):
+            continue
+        if layer.get_seq_length() > 0:
+            raise ValueError(f"cache layer {index} holds softmax keys and values: start a new cache for this model")
+        cache.layers[index] = RecurrentLayer()
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass for an attention class, findable by name in this module so that it pickles."""
+    if base not in _CLASSES:
+        made = type(f"Linearized{base.__name__}", (LinearizedAttention, base), {"__module__": __name__})
+        _CLASSES[base] = globals()[made.__name__] = made
+    return _CLASSES[base]
+
+
+def swap(attention: nn.Module, mixer: Mixer, cache: str, index: int) -> None:
+    """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were."""
+    config = copy.copy(attention.config)
+    config._attn_implementation_internal = IMPLEMENTATION
+    original = copy.copy(attention.config)
+    if original._attn_implementation_internal in (None, IMPLEMENTATION):
+        original._attn_implementation_internal = "sdpa" if getattr(attention, "linearize_sdpa", True) else "eager"
+    attention.__class__ = linearized_attention_class(type(attention))
+    attention.linearize = mixer
+    attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
+    attention.linearize_cache, attention.linearize_index = cache, index
+    attention.linearize_observer = None
+    set_mode(attention, "student")
+
+
+def set_mode(attention: nn.Module, mode: str) -> None:
+    attention.linearize_mode = mode
+    attention.config = attention.linearize_configs[mode]  # type: ignore[index, union-attr]

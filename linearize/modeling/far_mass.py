@@ -1,0 +1,39 @@
+"""How much the far memory weighs beside the near half, query by query: log mass a_t = u_h . q_t + b_h + c_h top_t."""
+
+from __future__ import annotations
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+from .spec import MixerSpec, Shape
+
+
+class FarMass(nn.Module):
+    """Log factor on the far numerator and denominator, in units of e^score; `top` is the near half's running maximum.
+
+    none: a = top (weight 1 beside the window's largest). head: a = b_h + top, which is LoLCATs' window factor
+    gamma_h = e^(-b_h) with the scale on the other side (LoLCATs 2024, eq. 6). query: all three terms.
+    """
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        super().__init__()
+        self.kind = spec.far_mass
+        options = {"dtype": torch.float32}
+        if self.kind != "none":
+            self.bias = nn.Parameter(torch.zeros(shape.heads, **options))
+        if self.kind == "query":
+            self.query = nn.Parameter(torch.zeros(shape.heads, shape.head_dim, **options))
+            self.near = nn.Parameter(torch.ones(shape.heads, **options))
+
+    def forward(self, q: Tensor, top: Tensor) -> Tensor:
+        """q (B, H, T, D), top (B, H, T)."""
+        if self.kind == "none":
+            return top
+        bias = self.bias.to(top.dtype)[:, None]
+        if self.kind == "head":
+            return top + bias
+        projected = (q * self.query.to(q.dtype)[:, None]).sum(-1)
+        return projected + bias + self.near.to(top.dtype)[:, None] * top

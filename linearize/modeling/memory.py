@@ -1,0 +1,153 @@
+"""The state of one layer: named tensors of full capacity from the first token on, and the cache layer that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import torch
+    from torch import Tensor
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError as error:
+    raise ImportError("linearize models need torch and transformers") from error
+
+from .spec import MixerSpec, Shape
+from .window import ring_positions
+
+State = dict[str, Tensor]
+
+
+def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+    """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row."""
+    kv, dims = shape.kv_heads, {"k": shape.head_dim, "v": shape.value_dim, "far_k": spec.kept_far_key(shape)}
+    state: State = {"count": torch.zeros(batch, dtype=torch.long, device=device)}
+
+    def add(name: str, *size: int, dtype: torch.dtype = dtype) -> None:
+        if 0 not in size:
+            state[name] = torch.zeros(batch, *size, dtype=dtype, device=device)
+
+    if spec.has_near:
+        for name in ("k", "v"):
+            add(f"sink_{name}", kv, spec.sinks, dims[name])
+            add(f"recent_{name}", kv, spec.recent, dims[name])
+    if spec.has_far:
+        memories, features = spec.memories(shape), spec.features(shape)
+        at_least_fp32 = torch.promote_types(dtype, torch.float32)
+        own = torch.bfloat16 if spec.state_dtype == "bfloat16" else at_least_fp32
+        add("far", memories, features, shape.value_dim + int(spec.normalise), dtype=own)
+        if spec.coverage == "older":
+            add("recent_far_k", kv, spec.recent, dims["far_k"])
+            add("recent_gate", memories, spec.recent, spec.gate_width(shape), dtype=at_least_fp32)
+        if spec.conv:
+            add("conv_q", shape.heads, spec.conv - 1, shape.head_dim)
+            add("conv_k", kv, spec.conv - 1, shape.head_dim)
+    return state
+
+
+def chronological(ring: Tensor, count: Tensor) -> Tensor:
+    """Ring (B, h, R, D) in order of position, the R tokens before `count`; slots not yet filled hold zeros."""
+    capacity = ring.shape[2]
+    index = (count[:, None] + torch.arange(capacity, device=ring.device)) % capacity
+    return ring.gather(2, index[:, None, :, None].expand_as(ring))
+
+
+def refill(joined: Tensor, capacity: int, before: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    """The ring after `after` tokens, from the R older and T new tokens `joined` (B, h, R + T, D) in order of position."""
+    index = ring_positions(after, capacity) - before[:, None] + capacity
+    index = index.clamp(min=0, max=joined.shape[2] - 1)
+    return joined.gather(2, index[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])).to(dtype)
+
+
+def put(ring: Tensor, new: Tensor, slot: Tensor) -> Tensor:
+    """The ring with one new token (B, h, 1, D) at `slot` (B,)."""
+    return ring.scatter(2, slot[:, None, None, None].expand(-1, ring.shape[1], 1, ring.shape[3]), new.to(ring.dtype))
+
+
+def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Sinks (B, h, s, D) with those of the new tokens (B, h, T, D) that are among the row's first s."""
+    position = torch.arange(sinks.shape[2], device=sinks.device)
+    index = (position - before[:, None]).clamp(min=0, max=new.shape[2] - 1)
+    fresh = (position >= before[:, None]) & (position < after[:, None])
+    taken = new.gather(2, index[:, None, :, None].expand_as(sinks)).to(sinks.dtype)
+    return torch.where(fresh[:, None, :, None], taken, sinks)
+
+
+class RecurrentLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A transformers cache layer of constant size. It counts all tokens, pads included, as every other layer does."""
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = True
+    is_linearize_layer = True  # recognised by attribute, so that two copies of this file can live in one process
+    supports_early_init = False
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.state: State | None = None
+        self.seen = 0
+        self.recording = False
+        self.replay: Callable[[int], State] | None = None
+        self.replayable = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("a linearize cache layer was handed to a softmax attention layer")
+
+    def advance(self, state: State, tokens: int, replay: Callable[[int], State]) -> None:
+        """Take the state after `tokens` more tokens; `replay(n)` makes the state after the first n of them."""
+        self.state, self.is_initialized = state, True
+        self.seen += tokens
+        self.replay, self.replayable = (replay, tokens) if self.recording else (None, 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.state or {}).values())
+
+    def activate_past_recording(self) -> None:
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens (transformers' sign): at most those of the last recorded call, else ValueError."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove")
+        dropped = -tokens_to_remove
+        if dropped == 0 or self.state is None:
+            return
+        if self.replay is None or dropped > self.replayable:
+            raise ValueError(f"a recurrent state cannot forget {dropped} tokens: it records the last {self.replayable}")
+        self.state = self.replay(self.replayable - dropped)
+        self.seen, self.replay, self.replayable = self.seen - dropped, None, 0
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.state = None if self.state is None else {name: change(x) for name, x in self.state.items()}
+        self.replay, self.replayable = None, 0
+
+    def reset(self) -> None:
+        self.state, self.seen, self.replay, self.replayable = None, 0, None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """States are moved to the layer's device where they are read."""

@@ -1,0 +1,244 @@
+"""Linearized<Arch>Config and Linearized<Arch>ForCausalLM: any transformers decoder with its attention swapped by a plan.
+
+The classes are made on first use, by name, from the architecture's own; `config.linearize` is the plan that says which
+modules became which mixers. This file is the entry of a checkpoint's `auto_map`, and every file beside it is reachable
+from here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import transformers
+    from torch import Tensor, nn
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+except ImportError as error:
+    raise ImportError("linearize models need torch and transformers") from error
+
+from .attention import IMPLEMENTATION, Call, LinearizedAttention, set_mode, swap, upgrade_cache
+from .mixer import Mixer
+from .rows import segment_ids
+from .spec import plan_spec
+
+PREFIX = "linearized_"
+RUNTIME = Path(__file__).resolve().parent
+
+
+class LinearizedConfigMixin:
+    """A base architecture's flat config with the plan in `linearize`."""
+
+    linearize: dict[str, Any]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if not hasattr(self, "linearize"):
+            self.linearize = {}
+        # the model class is made only once a config of it exists: importing every architecture would take seconds
+        model = linearized_class(type(self).__name__.removeprefix("Linearized").removesuffix("Config"), "ForCausalLM")
+        AutoModelForCausalLM.register(type(self), model, exist_ok=True)
+
+
+class LinearizedModelMixin:
+    """What a converted CausalLM does otherwise than its base class."""
+
+    linearize_mode = "student"
+    is_linearized_model = True
+    _is_stateful = False
+    _supports_attention_backend = False
+    _keep_in_fp32_modules_strict = {"linearize"}  # noqa: RUF012
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.linearize_mode == "teacher":
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise ValueError("pass input_ids or inputs_embeds")
+        batch, time = tokens.shape[:2]
+        segments = None
+        if attention_mask is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            cu_seq_lens = kwargs.get("cu_seq_lens_q")
+            segments = segment_ids(time, cu_seq_lens, position_ids, tokens.device)
+        if segments is not None or self.linearize_mode == "observe" or (use_cache is None and self.training):  # type: ignore[attr-defined]
+            use_cache, past_key_values = False, None
+        elif past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):  # type: ignore[attr-defined]
+            past_key_values = DynamicCache(config=self.config)  # type: ignore[attr-defined]
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -time:]
+            if position_ids is None:
+                position_ids = positions(attention_mask, time, past_key_values)
+        if past_key_values is not None:
+            upgrade_cache(past_key_values, converted(self))  # type: ignore[arg-type]
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=Call(mask, segments), **kwargs,
+        )  # fmt: skip
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            upgrade_cache(cache, converted(self))  # type: ignore[arg-type]
+        return result
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        return attention_mask
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("continuous batching pages keys and values; a linearized model has none: use generate()")
+
+    init_continuous_batching = generate_batch
+
+    def register_for_auto_class(self, *_: Any, **__: Any) -> None:
+        """Nothing: `save_pretrained` writes auto_map itself, with names that no wrapper class can change."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            copy_runtime(Path(save_directory))
+        return result
+
+
+def positions(attention_mask: Tensor, time: int, cache: Any) -> Tensor:
+    """Position of each new token: how many real tokens of its row came before (0 at pads)."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    past: Tensor | int = 0
+    if seen and attention_mask.shape[1] == time:  # the mask tells of the new tokens only
+        counted = [layer.state["count"] for layer in cache.layers if getattr(layer, "is_linearize_layer", False)]
+        past = counted[0][:, None]
+    return (attention_mask.long().cumsum(-1)[:, -time:] - 1 + past).clamp(min=0)
+
+
+def install(model: nn.Module) -> None:
+    """Swap the attention modules that the model's plan names. ValueError on a plan of another schema."""
+    plan = model.config.linearize  # type: ignore[union-attr]
+    layers = plan.get("layers", [])  # type: ignore[union-attr]
+    for layer in layers:
+        spec, shape = plan_spec(plan, layer)  # type: ignore[arg-type]
+        attention = model.get_submodule(layer["module"])
+        with torch.device(next(attention.parameters()).device):
+            mixer = Mixer(spec, shape)
+        swap(attention, mixer, layer["cache"], layer["index"])
+    if layers and plan.get("softmax_layers", 0) == 0:  # type: ignore[union-attr]
+        model.config._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
+
+
+def attentions(model: nn.Module) -> list[LinearizedAttention]:
+    """The swapped attention modules in order of layer."""
+    found = [m for m in model.modules() if hasattr(m, "linearize_attend")]
+    return sorted(found, key=lambda m: m.linearize_index)  # type: ignore[no-any-return]
+
+
+def converted(model: nn.Module) -> list[int]:
+    return [layer["index"] for layer in model.config.linearize["layers"]]  # type: ignore[union-attr, index]
+
+
+@contextmanager
+def mode(model: nn.Module, name: str) -> Iterator[None]:
+    """Run the model as its teacher ('teacher': mixers off) or as the teacher under observation ('observe')."""
+    modules = attentions(model)
+    wholes = [m for m in model.modules() if hasattr(m, "is_linearized_model")]
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and not hasattr(m, "linearize_attend")}
+    before = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+    implementation = IMPLEMENTATION if name != "teacher" else modules[0].linearize_configs["teacher"]._attn_implementation_internal
+    try:
+        for config, current in before:
+            if current == IMPLEMENTATION:
+                config._attn_implementation_internal = implementation
+        for module in modules:
+            set_mode(module, name)
+        for whole in wholes:
+            whole.linearize_mode = name  # type: ignore[assignment]
+        yield
+    finally:
+        for config, current in before:
+            config._attn_implementation_internal = current
+        for module in modules:
+            set_mode(module, "student")
+        for whole in wholes:
+            whole.linearize_mode = "student"  # type: ignore[assignment]
+
+
+@contextmanager
+def ablated(model: nn.Module, half: str | None) -> Iterator[None]:
+    """Run the model with the 'far' or the 'near' half of every mixer left out."""
+    modules = attentions(model)
+    try:
+        for module in modules:
+            module.linearize.ablate = half
+        yield
+    finally:
+        for module in modules:
+            module.linearize.ablate = None
+
+
+def copy_runtime(directory: Path) -> None:
+    """Write this folder's files and the config's auto_map into a checkpoint, so that it loads where linearize is not installed."""
+    for source in sorted(RUNTIME.glob("*.py")):
+        if source.name != "__init__.py" and directory.resolve() != RUNTIME:
+            shutil.copyfile(source, directory / source.name)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config["architectures"][0].removeprefix("FSDP")
+    stem = Path(__file__).stem
+    config["architectures"] = [name]
+    config["auto_map"] = {
+        "AutoConfig": f"{stem}.{name.removesuffix('ForCausalLM')}Config",
+        "AutoModelForCausalLM": f"{stem}.{name}",
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def linearized_class(arch: str, kind: str) -> Any:
+    """The class Linearized<arch><kind> for kind 'Config' or 'ForCausalLM'; made once and kept in this module."""
+    name = f"Linearized{arch}{kind}"
+    if name in globals():
+        return globals()[name]
+    base = getattr(transformers, f"{arch}{kind}", None)
+    if base is None:
+        raise AttributeError(f"transformers has no {arch}{kind}")
+    if kind == "Config":
+        made = type(name, (LinearizedConfigMixin, base), {"__module__": __name__, "model_type": PREFIX + base.model_type})
+    else:
+        config = linearized_class(arch, "Config")
+        made = type(name, (LinearizedModelMixin, base), {"__module__": __name__, "config_class": config})
+    globals()[name] = made
+    return made
+
+
+def register(archs: list[str]) -> None:
+    """Make AutoConfig (and through it AutoModelForCausalLM) know the linearized form of these architectures."""
+    for arch in archs:
+        config = linearized_class(arch, "Config")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    for kind in ("Config", "ForCausalLM"):
+        if name.startswith("Linearized") and name.endswith(kind):
+            return linearized_class(name.removeprefix("Linearized").removesuffix(kind), kind)
+    raise AttributeError(name)

@@ -1,0 +1,123 @@
+"""The additive engine: S_t = A_t S_{t-1} + k_t v_t^T, read as q_t^T S, in three forms that agree.
+
+Shapes: q (B, M, R, T, K) for the R query heads that share memory m; k (B, M, T, K); v (B, M, T, V);
+log-decay g None, (B, M, T) a head or (B, M, T, K) a channel, each <= 0; S (B, M, K, V). With `terraced` > 0 the keys of
+block n (that many tokens) enter together before the queries of block n read, instead of one before each query.
+Every exponent is <= 0, so no form overflows however strong the decay; nothing is clamped.
+"""
+
+from __future__ import annotations
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+CHUNK = 64
+SUBCHUNK = 16  # per-channel decays are exact pairwise inside one of these
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, terraced: int = 0) -> tuple[Tensor, Tensor]:
+    """Token by token: the oracle. Returns (B, M, R, T, V) and the final state."""
+    outputs = []
+    for t in range(q.shape[-2]):
+        first = t - t % terraced if terraced else t
+        last = min(first + terraced, q.shape[-2]) if terraced else t + 1
+        if not terraced or t == first:
+            for j in range(first, last):
+                state = step_state(state, k[:, :, j], v[:, :, j], None if g is None else g[:, :, j])
+        outputs.append(torch.einsum("bmrk,bmkv->bmrv", q[..., t, :], state))
+    return torch.stack(outputs, dim=-2), state
+
+
+def step_state(state: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
+    """One token: k (B, M, K), v (B, M, V), g None, (B, M) or (B, M, K)."""
+    if g is not None:
+        decay = g.exp()
+        state = state * (decay[..., None, None] if decay.dim() == 2 else decay[..., None])
+    return state + k[..., :, None] * v[..., None, :]
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for decode: q (B, M, R, K). Returns (B, M, R, V) and the new state."""
+    state = step_state(state, k, v, g)
+    return q @ state, state
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, terraced: int = 0, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Matrix form, linear in T: inside a chunk by a masked product, across chunks through the state."""
+    time = q.shape[-2]
+    size = terraced or chunk or min(CHUNK, max(time, 1))
+    pad = -time % size
+    if pad:
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        g = None if g is None else torch.nn.functional.pad(g, (0, pad) if g.dim() == 3 else (0, 0, 0, pad))
+    q, k, v = (x.unflatten(-2, (-1, size)) for x in (q, k, v))  # (..., N, C, .)
+    b = None if g is None else _channelwise(g).unflatten(2, (-1, size)).cumsum(-2)  # (B, M, N, C, K or 1)
+    before, after, last = _boundary_states(k, v, b, state)
+    if terraced:
+        out = _read(q, after)
+    else:
+        out = _read(q if b is None else q * b.exp()[:, :, None], before) + _inside(q, k, v, b)
+    return out.flatten(-3, -2)[..., :time, :], last
+
+
+def _channelwise(g: Tensor) -> Tensor:
+    return g[..., None] if g.dim() == 3 else g
+
+
+def _read(q: Tensor, states: Tensor) -> Tensor:
+    """q (B, M, R, N, C, K) against states (B, M, N, K, V)."""
+    return q @ states[:, :, None]
+
+
+def _boundary_states(k: Tensor, v: Tensor, b: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States before and after each chunk (B, M, N, K, V), and the final one."""
+    if b is None:
+        after = state[:, :, None] + (k.transpose(-1, -2) @ v).cumsum(2)
+    else:
+        total = b[..., -1:, :]
+        added = (k * (total - b).exp()).transpose(-1, -2) @ v
+        decay = total.exp().transpose(-1, -2)  # (B, M, N, K or 1, 1)
+        states = [state]
+        for n in range(k.shape[2]):
+            states.append(states[-1] * decay[:, :, n] + added[:, :, n])
+        after = torch.stack(states[1:], dim=2)
+    return torch.cat([state[:, :, None], after[:, :, :-1]], dim=2), after, after[:, :, -1]
+
+
+def _inside(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
+    """Contribution of the chunk's own tokens: tril(q k^T * exp(b_i - b_j)) v."""
+    size = q.shape[-2]
+    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    if b is None:
+        weights = (q @ k[:, :, None].transpose(-1, -2)).masked_fill(~lower, 0)
+    elif b.shape[-1] == 1:
+        gap = (b - b.transpose(-1, -2)).masked_fill(~lower, -torch.inf)
+        weights = (q @ k[:, :, None].transpose(-1, -2)) * gap.exp()[:, :, None]
+    else:
+        return _inside_channels(q, k, v, b)
+    return weights @ v[:, :, None]
+
+
+def _inside_channels(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """As `_inside` for one decay a channel: pairwise inside a sub-chunk, through its first boundary from earlier ones."""
+    outputs = []
+    for start in range(0, q.shape[-2], SUBCHUNK):
+        stop = min(start + SUBCHUNK, q.shape[-2])
+        q_own, k_own, b_own = q[..., start:stop, :], k[..., start:stop, :], b[..., start:stop, :]
+        lower = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).tril()
+        gap = (b_own[..., :, None, :] - b_own[..., None, :, :]).masked_fill(~lower[..., None], -torch.inf)
+        pairs = k_own[..., None, :, :] * gap.exp()  # (B, M, N, c, c, K)
+        weights = torch.einsum("bmrnik,bmnijk->bmrnij", q_own, pairs)
+        out = weights @ v[:, :, None, :, start:stop]
+        if start:
+            edge = b[..., start - 1 : start, :]
+            far_k = k[..., :start, :] * (edge - b[..., :start, :]).exp()
+            far_q = q_own * (b_own - edge).exp()[:, :, None]
+            out = out + (far_q @ far_k[:, :, None].transpose(-1, -2)) @ v[:, :, None, :, :start]
+        outputs.append(out)
+    return torch.cat(outputs, dim=-2)
