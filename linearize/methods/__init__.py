@@ -15,7 +15,7 @@ from linearize.errors import InputError, UsageError
 from linearize.methods.base import Method, parse_options
 
 DEFAULT = "default"
-_NOT_METHODS = {"base", "starts"}
+_NOT_METHODS = {"base", "calibration", "starts"}
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from linearize.errors import InputError
 from linearize.modeling.spec import MixerSpec
 
 if TYPE_CHECKING:
-    from linearize.conversion.calibration import Calibration
+    from linearize.methods.calibration import Calibration
     from linearize.modeling.mixer import Mixer
 
 

@@ -9,7 +9,7 @@ from linearize.methods.base import Method, Stage, option
 from linearize.modeling.spec import MixerSpec
 
 if TYPE_CHECKING:
-    from linearize.conversion.calibration import Calibration
+    from linearize.methods.calibration import Calibration
     from linearize.modeling.mixer import Mixer
 
 

@@ -9,7 +9,7 @@ from linearize.methods.base import Method, Stage, option
 from linearize.modeling.spec import MixerSpec
 
 if TYPE_CHECKING:
-    from linearize.conversion.calibration import Calibration
+    from linearize.methods.calibration import Calibration
     from linearize.modeling.mixer import Mixer
 
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Lawcat(Method):
     """Causal depthwise convolution on q and k, then gated linear attention whose denominator decays too."""
 
-    paper = "https://aclanthology.org/2025.findings-emnlp.1103"
+    paper = "https://arxiv.org/abs/2509.18467"
     stages = (Stage("attention", 1_000_000, 1e-2, loss="mse"), Stage("lora", 1_000_000, 1e-4, loss="ce"))
 
     conv: int = option(4, "taps of the convolution on q and k; 0 is none")

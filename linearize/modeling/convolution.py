@@ -31,6 +31,6 @@ class CausalConv(nn.Module):
         taps = self.weight.to(x.dtype)[:, :, None]
         y = sum((joined[:, :, i : i + time] * taps[i] for i in range(1, self.history + 1)), joined[:, :, :time] * taps[0])
         if lengths is None:
-            return y, joined[:, :, time:]
+            return y, joined[:, :, time:].clone(memory_format=torch.contiguous_format)  # a view would keep the whole call alive
         index = lengths[:, None] + torch.arange(self.history, device=x.device)
         return y, joined.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))

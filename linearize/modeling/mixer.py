@@ -173,7 +173,7 @@ class Mixer(nn.Module):
             gate_now = None if gate is None else gate[:, :, 0]
             read, far = step(self._phi_q(s.far_q)[..., 0, :], k[:, :, 0], v[:, :, 0], gate_now, state["far"].to(s.q.dtype))
             after["far"], read = far.to(state["far"].dtype), read[..., None, :]
-        return self._merge(near, read, s.far_q), after
+        return self.merge(*flat(near, read), s.far_q), after
 
     def _enter_older(self, s: Stream, state: State, after: State) -> Tensor:
         """Move what leaves the window at this token into the far memory, then read it: (B, M, R, 1, V)."""
@@ -213,13 +213,25 @@ class Mixer(nn.Module):
     # ---- many tokens ----
 
     def _chunked(self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype) -> tuple[Tensor, State | None]:
+        near, read, after, joined = self._halves(s, state, score, dtype)
+        out = self.merge(*flat(near, read), s.far_q)
+        if not keep:
+            return out, None
+        before_count = after["count"] - (s.q.shape[2] if s.lengths is None else s.lengths)
+        for name, x in joined.items():
+            after[name] = refill(x, self.spec.recent, before_count, after["count"], after[name].dtype)
+        after.update({name: x.to(after[name].dtype) for name, x in s.conv.items()})
+        return out, after
+
+    def _halves(
+        self, s: Stream, state: State | None, score: Scores, dtype: torch.dtype
+    ) -> tuple[Part | None, Tensor | None, State, State]:
+        """Near part, far read, the state so far, and the buffer of recent tokens joined with the new ones."""
         spec, (batch, _, time, _) = self.spec, s.q.shape
-        count = torch.zeros(batch, dtype=torch.long, device=s.q.device) if state is None else state["count"]
-        after_count = count + (time if s.lengths is None else s.lengths)
         before = state if state is not None else empty_state(spec, self.shape, batch, dtype, s.q.device)
-        near, read = None, None
-        after: State = {**before, "count": after_count}
-        joined = {}
+        count = before["count"]
+        after: State = {**before, "count": count + (time if s.lengths is None else s.lengths)}
+        near, read, joined = None, None, {}
         if spec.has_near:
             for name, x in self._kept(s).items():
                 past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
@@ -231,15 +243,15 @@ class Mixer(nn.Module):
                 valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
                 read, far = chunked(self._phi_q(s.far_q), *self._entries(s.far_k, s.v, s.gate, valid), far)
             else:
-                read, far = self._far_older(s, joined, count, after_count, far)
+                read, far = self._far_older(s, joined, count, after["count"], far)
             after["far"] = far.to(before["far"].dtype)
-        out = self._merge(near, read, s.far_q)
-        if not keep:
-            return out, None
-        for name, x in joined.items():
-            after[name] = refill(x, spec.recent, count, after_count, before[name].dtype)
-        after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
-        return out, after
+        return near, read, after, joined
+
+    def halves(self, inputs: Inputs) -> tuple[Part | None, Tensor | None, Tensor]:
+        """Near part and far read with heads flat (B, H, T, .), and the far half's queries, for full rows from the first token."""
+        stream = self._stream(inputs, None, None)
+        near, read, _, _ = self._halves(stream, None, inputs.score, inputs.k.dtype)
+        return *flat(near, read), stream.far_q
 
     def _near(self, s: Stream, before: State, joined: State, count: Tensor, after: State, score: Scores, fresh: bool) -> Part:
         spec, sinks = self.spec, (s.k, s.v)
@@ -295,15 +307,12 @@ class Mixer(nn.Module):
 
     # ---- merge ----
 
-    def _merge(self, near: Part | None, read: Tensor | None, far_q: Tensor) -> Tensor:
-        """Near part (B, G, R, T, .) and far read (B, M, R, T, V or V + 1) to the output (B, H, T, V)."""
+    def merge(self, near: Part | None, read: Tensor | None, far_q: Tensor) -> Tensor:
+        """Near part (B, H, T, .) and far read (B, H, T, V or V + 1) to the output (B, H, T, V)."""
         spec = self.spec
-        if near is not None:
-            near = Part(near.numerator.flatten(1, 2), near.denominator.flatten(1, 2), near.top.flatten(1, 2))
         if near is not None and (read is None or self.ablate == "far"):
             return near.output()
         assert read is not None
-        read = read.flatten(1, 2)
         far = divide(read[..., :-1], read[..., -1]) if spec.normalise else read
         if self.ablate == "far":
             return torch.zeros_like(far)
@@ -318,6 +327,11 @@ class Mixer(nn.Module):
         near_factor, far_factor = (near.top - top).exp(), (far_mass - top).exp()
         numerator = near.numerator * near_factor[..., None] + read[..., :-1] * far_factor[..., None]
         return numerator / (near.denominator * near_factor + read[..., -1] * far_factor)[..., None]
+
+
+def flat(near: Part | None, read: Tensor | None) -> tuple[Part | None, Tensor | None]:
+    """Both halves with the heads of all groups or memories in one dimension."""
+    return None if near is None else near.flat(), None if read is None else read.flatten(1, 2)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
-from .attention import IMPLEMENTATION, Call, LinearizedAttention, set_mode, swap, upgrade_cache
+from .attention import IMPLEMENTATION, Call, LinearizedAttention, Observer, set_mode, swap, upgrade_cache
 from .mixer import Mixer
 from .rows import segment_ids
-from .spec import plan_spec
+from .spec import MixerSpec, plan_spec
 
 PREFIX = "linearized_"
 RUNTIME = Path(__file__).resolve().parent
@@ -184,6 +184,19 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Let `observer(attention, inputs, target)` see every layer of the calls made in mode 'observe'."""
+    modules = attentions(model)
+    try:
+        for module in modules:
+            module.linearize_observer = observer
+        yield
+    finally:
+        for module in modules:
+            module.linearize_observer = None
+
+
+@contextmanager
 def ablated(model: nn.Module, half: str | None) -> Iterator[None]:
     """Run the model with the 'far' or the 'near' half of every mixer left out."""
     modules = attentions(model)
@@ -194,6 +207,20 @@ def ablated(model: nn.Module, half: str | None) -> Iterator[None]:
     finally:
         for module in modules:
             module.linearize.ablate = None
+
+
+@contextmanager
+def replaced(model: nn.Module, spec: MixerSpec) -> Iterator[None]:
+    """Run the model with parameter-free mixers of `spec` (a window alone, say) in place of its own."""
+    modules = attentions(model)
+    own = [module.linearize for module in modules]
+    try:
+        for module, mixer in zip(modules, own, strict=True):
+            module.linearize = Mixer(spec, mixer.shape)
+        yield
+    finally:
+        for module, mixer in zip(modules, own, strict=True):
+            module.linearize = mixer
 
 
 def copy_runtime(directory: Path) -> None:

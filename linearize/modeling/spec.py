@@ -129,7 +129,7 @@ class MixerSpec:
             (self.has_far and not self.has_near and self.coverage != "all", "without a near half the far memory must cover all tokens"),
             (self.merge == "denominator" and not self.normalise, "a shared denominator needs normalise=true"),
             (self.merge == "denominator" and self.coverage != "older", "a shared denominator counts each token once: coverage must be 'older'"),
-            (self.merge == "denominator" and self.feature_map == "identity", "a shared denominator needs a positive feature map"),
+            (self.has_far and self.normalise and self.feature_map == "identity", "a denominator needs a positive feature map: 'identity' takes normalise=false"),
             (self.far_mass != "none" and self.merge != "denominator", "far_mass belongs to merge 'denominator'"),
             (self.merge == "near" and bool(self.conv), "a convolution belongs to the far half"),
             (self.merge == "near" and self.decay != "none", "a decay belongs to the far half"),

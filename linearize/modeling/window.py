@@ -39,6 +39,10 @@ class Part:
     denominator: Tensor
     top: Tensor
 
+    def flat(self) -> Part:
+        """(B, G, R, T, .) with the heads of all groups in one dimension."""
+        return Part(self.numerator.flatten(1, 2), self.denominator.flatten(1, 2), self.top.flatten(1, 2))
+
     def output(self) -> Tensor:
         return self.numerator / self.denominator[..., None]
 

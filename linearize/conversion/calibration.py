@@ -1,0 +1,28 @@
+"""Starting the mixers: the teacher runs once over a few sequences, and each layer's mixer is started as its inputs pass by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from linearize.methods.calibration import Calibration, relative_error
+from linearize.modeling.attention import LinearizedAttention
+from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.modeling_linearized import mode, observed
+
+
+def calibrate(model: nn.Module, ids: Tensor, start: Callable[[Mixer, Calibration], None], report: Callable[[int, float], None]) -> list[float]:
+    """Run the teacher over ids (B, T). Returns each layer's relative error after its start; `report(layers done, error)` as it goes."""
+    errors: list[float] = []
+
+    def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        start(attention.linearize, Calibration(inputs, target))
+        output, _ = attention.linearize(inputs)
+        errors.append(float(relative_error(output, target).mean()))
+        report(len(errors), errors[-1])
+
+    with torch.no_grad(), observed(model, observe), mode(model, "observe"):
+        model(ids, logits_to_keep=1)
+    return errors

@@ -1,0 +1,217 @@
+"""Conversion: the original weights, mixers added where the plan says, started from a few sequences, saved as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from linearize import text
+from linearize.checkpoint import check_space, check_target, staged
+from linearize.conversion.architectures import architecture
+from linearize.conversion.calibration import calibrate
+from linearize.conversion.plan import Plan, plan_for
+from linearize.conversion.sources import ALIASES, Source, resolve
+from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
+from linearize.loading import pick_device, pick_dtype
+from linearize.methods import DEFAULT, Method, make
+from linearize.methods.calibration import Calibration
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.modeling_linearized import install, linearized_class
+from linearize.progress import Progress, silent
+
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
+STARTS = ("calibrated", "published")
+GENERATION_KEYS = {"pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Where the checkpoint is, what was planned, and each layer's relative error after its start."""
+
+    path: Path
+    plan: Plan
+    errors: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "plan": self.plan.to_dict(), "relative_error": self.errors}
+
+
+def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """The original model and its tokenizer."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if source.format == "gguf":
+        assert source.path is not None
+        folder, file = str(source.path.parent), source.path.name
+        # without dequantize=True the model would stay marked as quantized and refuse to save
+        options["quantization_config"] = GgufConfig(gguf_file=file, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
+        return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    where = str(source.path) if source.path is not None else source.id
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
+    except OSError as error:
+        if source.format != "hub":
+            raise IntegrityError("the model cannot be loaded", where, str(error).splitlines()[0]) from error
+        raise HubError("the weights cannot be fetched", where, "check the network, or point at a local copy") from error
+    return model, tokenizer
+
+
+def attach(model: nn.Module, plan: Mapping[str, Any]) -> Any:
+    """The linearized model around the given one's own modules: no weight is copied. The given model must not be used afterwards."""
+    base: Any = model.config
+    arch = type(model).__name__.removesuffix("ForCausalLM")
+    config_class = linearized_class(arch, "Config")
+    values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "quantization_config", "auto_map")}
+    config = config_class(**values, linearize=dict(plan))
+    config.name_or_path = ""  # never a path of this machine
+    config.dtype = base.dtype
+    with torch.device("meta"):
+        new = linearized_class(arch, "ForCausalLM")(config)
+    for name, child in model.named_children():
+        setattr(new, name, child)
+    for module in new.modules():
+        if hasattr(module, "config") and module.config is base and not hasattr(module, "q_proj"):
+            module.config = config
+    new.generation_config = getattr(model, "generation_config", None)
+    base._attn_implementation_internal = base._attn_implementation_internal or "sdpa"
+    install(new)
+    return new.train(model.training)
+
+
+def convert_model(
+    model: nn.Module,
+    *,
+    method: str = DEFAULT,
+    options: Mapping[str, Any] | None = None,
+    layers: str | None = None,
+    calibration: Tensor | None = None,
+    start: str = "calibrated",
+    seed: int = 0,
+    source: Source | None = None,
+    progress: Progress = silent,
+) -> Any:
+    """Convert a transformers CausalLM in memory. `calibration` (B, T) are token ids; without it mixers start as published.
+
+    Returns a model that generates, saves and trains as any other; the given one lends it its modules.
+    """
+    made = make(method, options)
+    values = model.config.to_dict()  # type: ignore[union-attr, operator]
+    if values.get("linearize"):
+        raise UnsupportedError("this model is already linearized", type(model).__name__, "pass the original model")
+    known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
+    plan = plan_for(known, made, method, layers, options or {}, start)
+    new, _ = _convert(model, plan, made, calibration, seed, progress)
+    return new
+
+
+def _convert(
+    model: nn.Module, plan: Plan, method: Method, ids: Tensor | None, seed: int, progress: Progress
+) -> tuple[Any, list[float]]:
+    architecture({**plan.source.config}, plan.source.id)
+    training = model.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # whatever a start draws depends on the seed alone
+        new = attach(model.eval(), plan.config_field())
+        if ids is None:
+            return new.train(training), []
+
+        def begin(mixer: Mixer, calibration: Calibration) -> None:
+            if mixer.spec.has_far:
+                method.initialise(mixer, calibration, plan.start)
+
+        total = len(plan.layers)
+        errors = calibrate(
+            new, ids.to(next(model.parameters()).device), begin,
+            lambda done, error: progress("calibrate", done, total, relative_error=round(error, 4)),
+        )  # fmt: skip
+    return new.train(training), errors
+
+
+def calibration_ids(tokenizer: Any, path: Path | None) -> Tensor:
+    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any."""
+    docs = text.documents(str(path) if path is not None else text.BUILTIN)
+    training, _ = text.split(docs)
+    tokens = text.tokenise(tokenizer, training)
+    longest = max(len(doc) for doc in tokens)
+    rows = text.whole(tokens, min(CALIBRATION_LENGTH, max(longest, 2)))
+    step = max(len(rows) // CALIBRATION_ROWS, 1)
+    return rows.ids[::step][:CALIBRATION_ROWS]
+
+
+def convert(
+    model: str,
+    *,
+    method: str = DEFAULT,
+    output: Path | None = None,
+    layers: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    calibration: Path | None = None,
+    start: str = "calibrated",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Converted:
+    """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked."""
+    made = make(method, options)
+    if start not in STARTS:
+        raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
+    if calibration is not None:
+        text.documents(str(calibration))  # a bad file is said before the model is loaded
+    source = resolve(model, revision, trust_remote_code)
+    plan = plan_for(source, made, method, layers, options or {}, start)
+    target = output or Path(f"{source.name}-{method}")
+    check_target(target, overwrite, source.path)
+    where = pick_device(device)
+    stored = "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
+    progress("load", 0, 1)
+    loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, where), trust_remote_code)
+    progress("load", 1, 1)
+    check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
+    ids = calibration_ids(tokenizer, calibration)
+    new, errors = _convert(loaded.to(where).eval(), plan, made, ids, seed, progress)
+    progress("save", 0, 1)
+    save(new, tokenizer, target, overwrite=overwrite)
+    progress("save", 1, 1)
+    return Converted(target, plan, errors)
+
+
+def save(model: Any, tokenizer: Any, output: Path, *, overwrite: bool = False, recipe: Mapping[str, Any] | None = None, card: str = "") -> None:
+    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card and manifest."""
+    plan = model.config.linearize
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise IntegrityError(f"{bad[0]} has non-finite values", str(output), "nothing was written; check the source weights")
+    with staged(output, overwrite, schema=plan["schema"], created=datetime.now(timezone.utc).isoformat(timespec="seconds")) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
+        (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+        (stage / "README.md").write_text(card or plain_card(plan), encoding="utf-8")
+
+
+def plain_card(plan: Mapping[str, Any]) -> str:
+    """A model card that claims nothing: no figure was measured yet."""
+    base = plan["source"]["id"]
+    front = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [linearize, linear-attention]\n---\n"
+    stages = ", ".join(stage["kind"] for stage in plan["stages"]) or "none: the mixers are as they were started"
+    return (
+        f"{front}\n# {base} with {len(plan['layers'])} layers linearized\n\nMethod `{plan['method']}`, trained stages: {stages}. "
+        "State of constant size.\n\n```python\nimport linearize  # or trust_remote_code=True\n"
+        "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n```\n"
+    )
+
+
+__all__ = ["ALIASES", "Converted", "convert", "convert_model", "load_source", "save"]

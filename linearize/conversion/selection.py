@@ -1,0 +1,48 @@
+"""Which layers are converted: all | full | 0-5,9 | every:n | keep:p%."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from linearize.conversion.architectures import Architecture
+from linearize.errors import InputError
+
+FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax) or keep:25%"
+
+
+def select_layers(selector: str | None, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
+    """Indices of the layers to convert; the default is every layer whose cache grows. InputError names what is wrong."""
+    count = int(config["num_hidden_layers"])
+    every = list(range(count))
+    if selector in (None, "full"):
+        return architecture.full_layers(config)
+    assert selector is not None
+    try:
+        if selector == "all":
+            chosen = every
+        elif selector.startswith("every:"):
+            step = int(selector.removeprefix("every:"))
+            chosen = [i for i in every if (i + 1) % step]
+        elif selector.startswith("keep:"):
+            kept = round(count * float(selector.removeprefix("keep:").removesuffix("%")) / 100)
+            stay = {round((i + 0.5) * count / kept - 0.5) for i in range(kept)}
+            chosen = [i for i in every if i not in stay]
+        else:
+            chosen = _listed(selector)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"cannot read the layers '{selector}'", "--layers", FIX) from None
+    outside = [i for i in chosen if i not in every]
+    if outside:
+        raise InputError(f"layer {outside[0]} does not exist, the model has layers 0–{count - 1}", "--layers", FIX)
+    if not chosen:
+        raise InputError(f"'{selector}' converts no layer", "--layers", FIX)
+    return chosen
+
+
+def _listed(selector: str) -> list[int]:
+    found: set[int] = set()
+    for part in selector.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)
