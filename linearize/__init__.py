@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from linearize.conversion.convert import convert, convert_model
     from linearize.conversion.plan import make_plan
     from linearize.distillation.run import distill
-    from linearize.pipeline import evaluate
     from linearize.loading import load
+    from linearize.pipeline import evaluate
 
 try:
     __version__ = version("linearize")

@@ -55,7 +55,9 @@ def staged(output: Path, overwrite: bool = False, **facts: Any) -> Iterator[Path
         _sync(output.parent)
     except OSError as error:
         if error.errno in (28, 122):  # no space, quota
-            raise ResourceError("the disk is full", str(output.parent), "free some space, or choose another disk with -o") from error
+            raise ResourceError(
+                "the disk is full", str(output.parent), "free some space, or choose another disk with -o"
+            ) from error
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -110,13 +112,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         names = list(manifest["files"])
     except FileNotFoundError:
-        raise IntegrityError(f"{MANIFEST} is missing: this is not a whole linearized checkpoint", str(directory), "linearize convert MODEL") from None
+        raise IntegrityError(
+            f"{MANIFEST} is missing: this is not a whole linearized checkpoint", str(directory), "linearize convert MODEL"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(f"{MANIFEST} cannot be read", str(directory), "write the checkpoint again") from None
     for name in names:
         path = directory / name
         if path.is_symlink() or directory.resolve() not in path.resolve().parents:
-            raise IntegrityError(f"{MANIFEST} names a file outside the folder: {name}", str(directory), "do not use this checkpoint")
+            raise IntegrityError(
+                f"{MANIFEST} names a file outside the folder: {name}", str(directory), "do not use this checkpoint"
+            )
     return manifest  # type: ignore[no-any-return]
 
 
@@ -129,7 +135,9 @@ def verify(directory: Path, hashes: bool = True) -> dict[str, Any]:
             raise IntegrityError(f"file '{name}' is missing", str(directory), "write the checkpoint again")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise IntegrityError(f"{name} is truncated or changed: {size} of {entry['bytes']} bytes", str(directory), "write the checkpoint again")
+            raise IntegrityError(
+                f"{name} is truncated or changed: {size} of {entry['bytes']} bytes", str(directory), "write the checkpoint again"
+            )
         if hashes and digest(path) != entry["sha256"]:
             raise IntegrityError(f"file '{name}' hash differs", str(directory), "write the checkpoint again")
     return manifest

@@ -41,7 +41,11 @@ def pick_dtype(dtype: str, stored: Any, device: torch.device) -> torch.dtype:
 
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware; without it they are hundreds of times slower than fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or torch.backends.cpu.get_cpu_capability() == "SVE256")
+    return bool(
+        torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+        or torch.backends.cpu.get_cpu_capability() == "SVE256"
+    )
 
 
 def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
@@ -53,7 +57,11 @@ def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
     if not plan:
         raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
     if int(plan.get("schema", 0)) > SCHEMA_VERSION:
-        raise IntegrityError(f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})", str(directory), "pip install -U linearize")
+        raise IntegrityError(
+            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
+            str(directory),
+            "pip install -U linearize",
+        )
     verify(directory, hashes)
     return config
 
@@ -64,5 +72,6 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     config = check(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen).to(where).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+    model = model.to(where).eval()
     return model, AutoTokenizer.from_pretrained(path)

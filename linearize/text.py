@@ -128,7 +128,7 @@ def tokenise(tokenizer: Any, docs: Iterable[str], limit: int | None = None) -> l
 
 
 def pack(documents: Sequence[Sequence[int]], length: int) -> Packed:
-    """Rows of exactly `length` tokens; a document goes on in the next row, from position 0. The rest of the last row is left out."""
+    """Rows of exactly `length` tokens; a document goes on in the next row, from position 0. An unfilled last row is left out."""
     import torch
 
     ids: list[int] = []
@@ -142,7 +142,9 @@ def pack(documents: Sequence[Sequence[int]], length: int) -> Packed:
             start += take
     rows = len(ids) // length
     if not rows:
-        raise InputError(f"the text has {len(ids)} tokens, fewer than one row of {length}", "--sequence", "more text, or a shorter --sequence")
+        raise InputError(
+            f"the text has {len(ids)} tokens, fewer than one row of {length}", "--sequence", "more text, or a shorter --sequence"
+        )
 
     def shape(values: list[int]) -> Tensor:
         return torch.tensor(values[: rows * length], dtype=torch.long).view(rows, length)

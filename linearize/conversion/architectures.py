@@ -13,7 +13,7 @@ from linearize.modeling.spec import Shape
 
 @dataclass(frozen=True)
 class Architecture:
-    """One transformers family: `arch` as in <arch>ForCausalLM, the attention module of layer i, its cache keyword and projections."""
+    """One transformers family: `arch` as in <arch>ForCausalLM, where layer i attends, its cache keyword and projections."""
 
     model_type: str
     arch: str

@@ -13,8 +13,10 @@ from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import mode, observed
 
 
-def calibrate(model: nn.Module, ids: Tensor, start: Callable[[Mixer, Calibration], None], report: Callable[[int, float], None]) -> list[float]:
-    """Run the teacher over ids (B, T). Returns each layer's relative error after its start; `report(layers done, error)` as it goes."""
+def calibrate(
+    model: nn.Module, ids: Tensor, start: Callable[[Mixer, Calibration], None], report: Callable[[int, float], None]
+) -> list[float]:
+    """Run the teacher over ids (B, T); returns each layer's relative error after its start."""
     errors: list[float] = []
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:

@@ -109,13 +109,14 @@ def convert_model(
         raise UnsupportedError("this model is already linearized", type(model).__name__, "pass the original model")
     known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
     plan = plan_for(known, made, method, layers, options or {}, start)
-    new, _ = _convert(model, plan, made, calibration, seed, progress)
+    new, _ = convert_in_memory(model, plan, made, calibration, seed, progress)
     return new
 
 
-def _convert(
+def convert_in_memory(
     model: nn.Module, plan: Plan, method: Method, ids: Tensor | None, seed: int, progress: Progress
 ) -> tuple[Any, list[float]]:
+    """Attach the plan's mixers to the model and start them on ids (B, T); returns it and each layer's relative error."""
     architecture({**plan.source.config}, plan.source.id)
     training = model.training
     with torch.random.fork_rng(devices=[]):
@@ -175,26 +176,32 @@ def convert(
     target = output or Path(f"{source.name}-{method}")
     check_target(target, overwrite, source.path)
     where = pick_device(device)
-    stored = "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
+    stored = (
+        "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
+    )
     progress("load", 0, 1)
     loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, where), trust_remote_code)
     progress("load", 1, 1)
     check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
     ids = calibration_ids(tokenizer, calibration)
-    new, errors = _convert(loaded.to(where).eval(), plan, made, ids, seed, progress)
+    new, errors = convert_in_memory(loaded.to(where).eval(), plan, made, ids, seed, progress)
     progress("save", 0, 1)
     save(new, tokenizer, target, overwrite=overwrite)
     progress("save", 1, 1)
     return Converted(target, plan, errors)
 
 
-def save(model: Any, tokenizer: Any, output: Path, *, overwrite: bool = False, recipe: Mapping[str, Any] | None = None, card: str = "") -> None:
+def save(
+    model: Any, tokenizer: Any, output: Path, *, overwrite: bool = False, recipe: Mapping[str, Any] | None = None, card: str = ""
+) -> None:
     """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card and manifest."""
     plan = model.config.linearize
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise IntegrityError(f"{bad[0]} has non-finite values", str(output), "nothing was written; check the source weights")
-    with staged(output, overwrite, schema=plan["schema"], created=datetime.now(timezone.utc).isoformat(timespec="seconds")) as stage:
+    with staged(
+        output, overwrite, schema=plan["schema"], created=datetime.now(timezone.utc).isoformat(timespec="seconds")
+    ) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}

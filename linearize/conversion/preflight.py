@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from linearize.conversion.architectures import ARCHITECTURES
 from linearize.errors import IntegrityError
 
 MAX_HEADER = 100_000_000
@@ -24,16 +25,21 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         (length,) = struct.unpack("<Q", start)
         if length > min(MAX_HEADER, size):
             text = start.decode("latin-1")
-            what = f'{path.name} is not safetensors (starts with "{text}")' if text.isprintable() else f"{path.name} header is invalid"
-            raise IntegrityError(what, str(path), AGAIN)
+            legible = text.isascii() and text.isprintable()
+            what = f'is not safetensors (starts with "{text}")' if legible else "header is invalid"
+            raise IntegrityError(f"{path.name} {what}", str(path), AGAIN)
         try:
             header = json.loads(file.read(length))
         except ValueError:
             raise IntegrityError(f"{path.name} header is not JSON", str(path), AGAIN) from None
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    try:
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        offsets = sorted((*map(int, entry["data_offsets"]), name, len(entry["shape"])) for name, entry in tensors.items())
+        spans = [(first, last, name) for first, last, name, _ in offsets]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise IntegrityError(f"{path.name} header is invalid: not every tensor has a shape and offsets", str(path), AGAIN) from None
     end = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
-        first, last = entry["data_offsets"]
+    for first, last, name in spans:
         if first != end or last < first:
             raise IntegrityError(f"{path.name} header invalid: offsets of '{name}' leave a hole or overlap", str(path), AGAIN)
         end = last
@@ -53,21 +59,43 @@ def weight_files(directory: Path) -> list[Path]:
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             present = len(names) - len(missing)
-            raise IntegrityError(f"index names {len(names)} files, {present} present: missing {missing[0]}", str(directory), "download it again")
+            raise IntegrityError(
+                f"index names {len(names)} files, {present} present: missing {missing[0]}", str(directory), "download it again"
+            )
         return [directory / name for name in names]
     if single.exists():
         return [single]
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-        raise IntegrityError("only pickle weights found; refusing to execute them", str(directory), "save the model as safetensors first")
+        raise IntegrityError(
+            "only pickle weights found; refusing to execute them", str(directory), "save the model as safetensors first"
+        )
     raise IntegrityError("no weights found (model.safetensors)", str(directory), "pass the folder that holds the weights")
 
 
 def check_weights(directory: Path, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Every weight file's header, and the embedding's shape against the config. Returns tensor shapes."""
+    """Every weight file's header, and the shapes that the config tells. Returns tensor shapes."""
     shapes = {name: entry["shape"] for path in weight_files(directory) for name, entry in safetensors_header(path).items()}
-    for name, shape in shapes.items():
-        expected = [config.get("vocab_size"), config.get("hidden_size")]
-        if name.endswith("embed_tokens.weight") and None not in expected and shape != expected:
-            got, want = "×".join(map(str, shape)), "×".join(map(str, expected))
-            raise IntegrityError(f"{name} is {got}, config.json says {want}", str(directory), "use the config.json of these weights")
+    for name, expected in expected_shapes(shapes, config).items():
+        if shapes.get(name) != expected:
+            got = "×".join(map(str, shapes[name])) if name in shapes else "missing"
+            what = f"{name} is {got}, config.json says {'×'.join(map(str, expected))}"
+            raise IntegrityError(what, str(directory), "use the config.json of these weights")
     return shapes
+
+
+def expected_shapes(shapes: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the embedding and, in families that name them apart, of every layer's projections to queries, keys and values."""
+    found = {}
+    if config.get("vocab_size") and config.get("hidden_size"):
+        names = [name for name in shapes if name.endswith("embed_tokens.weight")]
+        found = {name: [config["vocab_size"], config["hidden_size"]] for name in names}
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if family is None:
+        return found
+    shape = family.shape(config)
+    rows = {"q": shape.heads * shape.head_dim, "k": shape.kv_heads * shape.head_dim, "v": shape.kv_heads * shape.value_dim}
+    for part, count in rows.items():
+        name = f"{family.attention}.{family.projections.get(part)}.weight"
+        if name.format(0) in shapes:
+            found |= {name.format(i): [count, shape.hidden_size] for i in range(config["num_hidden_layers"])}
+    return found

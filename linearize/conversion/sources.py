@@ -26,7 +26,8 @@ ALIASES = {
     "granite": "ibm-granite/granite-3.3-2b-instruct",
     "olmo": "allenai/OLMo-2-0425-1B-Instruct",
 }
-POSITIVE = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,25 @@ def _check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool
         raise UnsupportedError(f"this is already a linearized checkpoint ({method})", where, f"train it: linearize distill {where}")
     if config.get("quantization_config"):
         kind = str(config["quantization_config"].get("quant_method", "quantized"))
-        raise UnsupportedError(f"the checkpoint is {kind}; conversion needs full-precision weights", where, "pass the unquantized model")
+        raise UnsupportedError(
+            f"the checkpoint is {kind}; conversion needs full-precision weights", where, "pass the unquantized model"
+        )
     if "auto_map" in config and not trust_remote_code and not _known(config):
-        raise IntegrityError("the model wants to run code from its repository", where, "--trust-remote-code --revision SHA, if you trust it")
-    for key in POSITIVE:
+        raise IntegrityError(
+            "the model wants to run code from its repository", where, "--trust-remote-code --revision SHA, if you trust it"
+        )
+    needed = [key for key in REQUIRED if key in config or _known(config)]
+    for key in (*needed, *(key for key in OPTIONAL if config.get(key) is not None)):
         value = config.get(key)
-        if key in config and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise IntegrityError(f"config.json: {key} must be a positive integer, got {json.dumps(value)}", where, "download config.json again")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise IntegrityError(
+                f"config.json: {key} must be a positive integer, got {json.dumps(value)}", where, "download config.json again"
+            )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
-        raise IntegrityError(f"config.json: {heads} heads do not divide into {groups} kv heads", where, "download config.json again")
+        raise IntegrityError(
+            f"config.json: {heads} heads do not divide into {groups} kv heads", where, "download config.json again"
+        )
 
 
 def _known(config: Mapping[str, Any]) -> bool:
@@ -117,7 +127,9 @@ def _from_hub(given: str, name: str, revision: str | None) -> Source:
     try:
         path = Path(hf_hub_download(name, "config.json", revision=revision))
     except errors.GatedRepoError:
-        raise HubError(f"{called}is gated", name, f"accept the licence at https://huggingface.co/{name}, then: hf auth login") from None
+        raise HubError(
+            f"{called}is gated", name, f"accept the licence at https://huggingface.co/{name}, then: hf auth login"
+        ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{called}has no revision '{revision}'", name, "pass another --revision") from None
     except errors.RepositoryNotFoundError:

@@ -112,9 +112,13 @@ def evaluate_model(
         chosen = {names[v.name]: v for v in variants if v.name in names}
         alone = next((v for v in variants if v.name.endswith("alone")), None)
         chosen |= {"near_only": alone} if alone is not None else {}
-        found = retrieval(chosen, tokenizer, RECALL_LENGTHS, RECALL_SAMPLES, seed, lambda done, total: progress("recall", done, total))
+        found = retrieval(
+            chosen, tokenizer, RECALL_LENGTHS, RECALL_SAMPLES, seed, lambda done, total: progress("recall", done, total)
+        )
     layers = layer_errors(model, host, rows) if host is model else []
-    return Evaluation(name, model.config.linearize["method"], source, sums[0].tokens, table, layers, found, [*(notes or []), *remarks(table)])
+    return Evaluation(
+        name, model.config.linearize["method"], source, sums[0].tokens, table, layers, found, [*(notes or []), *remarks(table)]
+    )
 
 
 def layer_errors(model: Any, host: nn.Module, rows: text.Packed) -> list[dict[str, Any]]:

@@ -59,7 +59,12 @@ def digits_recovered(variant: Variant, prompt: PassKey) -> float:
 
 
 def retrieval(
-    variants: dict[str, Variant], tokenizer: Any, lengths: tuple[int, ...], samples: int, seed: int, report: Callable[[int, int], None]
+    variants: dict[str, Variant],
+    tokenizer: Any,
+    lengths: tuple[int, ...],
+    samples: int,
+    seed: int,
+    report: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """Mean share of digits by length and variant, over depths spread evenly through the text."""
     rows, done, total = [], 0, len(lengths) * samples * len(variants)

@@ -29,9 +29,7 @@ def get(name: str) -> type[Method]:
     """The method class of this name; UsageError with a suggestion if there is none."""
     if name not in names():
         close = get_close_matches(name, names(), n=1)
-        raise UsageError(
-            f"unknown method '{name}'", fix=f"did you mean '{close[0]}'?" if close else "see: linearize methods"
-        )
+        raise UsageError(f"unknown method '{name}'", fix=f"did you mean '{close[0]}'?" if close else "see: linearize methods")
     for point in entry_points(group="linearize.methods"):
         if point.name == name:
             return point.load()  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -55,13 +55,11 @@ class Method:
     @classmethod
     def options(cls) -> list[dict[str, Any]]:
         """Key, type, default and help of each option."""
-        return [
-            {"key": f.name, "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in fields(cls)
-        ]
+        return [{"key": f.name, "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in fields(cls)]
 
 
 M = TypeVar("M", bound=Method)
-_READ = {
+_READ: dict[str, Callable[[Any], Any]] = {
     "int": int,
     "float": float,
     "str": str,

@@ -23,12 +23,13 @@ class Hedgehog(Method):
     feature_dim: int = option(0, "columns of W; 0 is the head dimension")
     share_kv: bool = option(False, "one memory for each kv head")
     window: int = option(0, "exact tokens beside the memory; 0 is the paper's form")
-    sinks: int = option(0, "exact first tokens; needs a window")
+    sinks: int = option(0, "exact first tokens; the paper has none")
 
     def mixer(self) -> MixerSpec:
-        near = bool(self.window)
+        window = max(self.window, min(self.sinks, 1))  # sinks need a near half: the token itself at least
+        near = bool(window)
         return MixerSpec(
-            feature_map="hedgehog", feature_dim=self.feature_dim, share_kv=self.share_kv, window=self.window, sinks=self.sinks,
+            feature_map="hedgehog", feature_dim=self.feature_dim, share_kv=self.share_kv, window=window, sinks=self.sinks,
             merge="denominator" if near else "far", coverage="older" if near else "all", far_mass="head" if near else "none",
         )  # fmt: skip
 

@@ -25,13 +25,14 @@ class Lawcat(Method):
     gate_rank: int = option(16, "rank of the gate's projection")
     share_kv: bool = option(False, "one memory for each kv head")
     window: int = option(0, "exact tokens beside the memory; the paper has none")
-    sinks: int = option(0, "exact first tokens; needs a window")
+    sinks: int = option(0, "exact first tokens; the paper has none")
 
     def mixer(self) -> MixerSpec:
-        near = bool(self.window)
+        window = max(self.window, min(self.sinks, 1))  # sinks need a near half: the token itself at least
+        near = bool(window)
         return MixerSpec(
             feature_map="hedgehog", feature_dim=self.feature_dim, tied_maps=True, share_kv=self.share_kv, decay="channel",
-            gate_rank=self.gate_rank, conv=self.conv, far_rope=False, window=self.window, sinks=self.sinks,
+            gate_rank=self.gate_rank, conv=self.conv, far_rope=False, window=window, sinks=self.sinks,
             merge="denominator" if near else "far", coverage="older" if near else "all", far_mass="head" if near else "none",
         )  # fmt: skip
 

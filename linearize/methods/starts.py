@@ -71,8 +71,11 @@ def weighted_least_squares(columns: Tensor, target: Tensor, weight: Tensor) -> T
     scale = gram.diagonal(dim1=1, dim2=2).mean(-1)
     penalty = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     penalty[-1] = 0.0
-    gram = gram + torch.diag(penalty)[None] * (RIDGE * scale[:, None, None] + 1e-9) + 1e-12 * torch.eye(x.shape[-1], device=x.device)
-    return torch.linalg.solve(gram, (x * (w * y)[..., None]).sum(1)[..., None])[..., 0].float()
+    gram = (
+        gram + torch.diag(penalty)[None] * (RIDGE * scale[:, None, None] + 1e-9) + 1e-12 * torch.eye(x.shape[-1], device=x.device)
+    )
+    solution: Tensor = torch.linalg.solve(gram, (x * (w * y)[..., None]).sum(1)[..., None])
+    return solution[..., 0].float()
 
 
 def scale_maps(mixer: Mixer, calibration: Calibration) -> None:

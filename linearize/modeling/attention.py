@@ -159,7 +159,7 @@ def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[base]
 
 
-def swap(attention: nn.Module, mixer: Mixer, cache: str, index: int) -> None:
+def swap(attention: Any, mixer: Mixer, cache: str, index: int) -> None:
     """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were."""
     config = copy.copy(attention.config)
     config._attn_implementation_internal = IMPLEMENTATION
@@ -174,6 +174,6 @@ def swap(attention: nn.Module, mixer: Mixer, cache: str, index: int) -> None:
     set_mode(attention, "student")
 
 
-def set_mode(attention: nn.Module, mode: str) -> None:
+def set_mode(attention: Any, mode: str) -> None:
     attention.linearize_mode = mode
-    attention.config = attention.linearize_configs[mode]  # type: ignore[index, union-attr]
+    attention.config = attention.linearize_configs[mode]

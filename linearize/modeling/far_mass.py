@@ -21,12 +21,11 @@ class FarMass(nn.Module):
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         super().__init__()
         self.kind = spec.far_mass
-        options = {"dtype": torch.float32}
         if self.kind != "none":
-            self.bias = nn.Parameter(torch.zeros(shape.heads, **options))
+            self.bias = nn.Parameter(torch.zeros(shape.heads, dtype=torch.float32))
         if self.kind == "query":
-            self.query = nn.Parameter(torch.zeros(shape.heads, shape.head_dim, **options))
-            self.near = nn.Parameter(torch.ones(shape.heads, **options))
+            self.query = nn.Parameter(torch.zeros(shape.heads, shape.head_dim, dtype=torch.float32))
+            self.near = nn.Parameter(torch.ones(shape.heads, dtype=torch.float32))
 
     def forward(self, q: Tensor, top: Tensor) -> Tensor:
         """q (B, H, T, D), top (B, H, T)."""

@@ -44,10 +44,9 @@ class HiddenGate(Gate):
         self.divisor, self.scalar = spec.gate_divisor, spec.decay == "head"
         outputs = self.memories * self.width
         rank = spec.gate_rank
-        options = {"dtype": torch.float32}
-        self.down = nn.Parameter(torch.empty(rank, shape.hidden_size, **options)) if rank else None
-        self.up = nn.Parameter(torch.zeros(outputs, rank or shape.hidden_size, **options))
-        self.bias = nn.Parameter(torch.full((outputs,), 4.0, **options))
+        self.down = nn.Parameter(torch.empty(rank, shape.hidden_size, dtype=torch.float32)) if rank else None
+        self.up = nn.Parameter(torch.zeros(outputs, rank or shape.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full((outputs,), 4.0, dtype=torch.float32))
         if self.down is not None:
             nn.init.orthogonal_(self.down)
 
@@ -69,4 +68,4 @@ GATES: dict[str, type[Gate]] = {"key": KeyGate, "head": HiddenGate, "channel": H
 def make_gate(spec: MixerSpec, shape: Shape) -> Gate:
     if spec.decay == "none" or not spec.has_far:
         return Gate()
-    return GATES[spec.decay](spec, shape)  # type: ignore[call-arg]
+    return GATES[spec.decay](spec, shape)

@@ -59,6 +59,21 @@ def refill(joined: Tensor, capacity: int, before: Tensor, after: Tensor, dtype: 
     return joined.gather(2, index[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])).to(dtype)
 
 
+def stored(far: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
+    """The memory (B, M, K, V) in its storage dtype, after `count` (B,) tokens.
+
+    Plain rounding to bf16 would lose every token that is small beside the sum. Here the bits cut off are first dithered by
+    a Weyl sequence over tokens and elements: unbiased over time, the same in every run, exact for values that bf16 holds.
+    """
+    if dtype != torch.bfloat16:
+        return far.to(dtype)
+    element = torch.arange(far[0].numel(), device=far.device).view(far.shape[1:])
+    dither = (count[:, None, None, None] * 40503 + element * 25717) & 0xFFFF  # 2^16 / golden ratio, and its square's
+    bits = far.detach().float().contiguous().view(torch.int32)
+    rounded = ((bits + dither.to(torch.int32)) & -0x10000).view(torch.float32)
+    return (rounded + (far - far.detach())).to(dtype)  # the gradient passes straight through
+
+
 def put(ring: Tensor, new: Tensor, slot: Tensor) -> Tensor:
     """The ring with one new token (B, h, 1, D) at `slot` (B,)."""
     return ring.scatter(2, slot[:, None, None, None].expand(-1, ring.shape[1], 1, ring.shape[3]), new.to(ring.dtype))
@@ -73,7 +88,7 @@ def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Ten
     return torch.where(fresh[:, None, :, None], taken, sinks)
 
 
-class RecurrentLayer(CacheLayerMixin):  # type: ignore[misc]
+class RecurrentLayer(CacheLayerMixin):
     """A transformers cache layer of constant size. It counts all tokens, pads included, as every other layer does."""
 
     is_compileable = True
@@ -119,7 +134,7 @@ class RecurrentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.recording = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens (transformers' sign): at most those of the last recorded call, else ValueError."""
+        """Forget the last -tokens_to_remove tokens: at most those of the last recorded call, else ValueError."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove")
         dropped = -tokens_to_remove

@@ -15,7 +15,7 @@ from .convolution import CausalConv
 from .far_mass import FarMass
 from .feature_maps_basic import FEATURE_MAPS
 from .gates import make_gate
-from .memory import State, chronological, empty_state, fill_sinks, put, refill
+from .memory import State, chronological, empty_state, fill_sinks, put, refill, stored
 from .recurrence_additive import chunked, step
 from .rope import unrotate
 from .rows import Rows, make_rows
@@ -100,6 +100,7 @@ class Mixer(nn.Module):
                 state = {name: x.to(inputs.q.device) for name, x in state.items()}
             stream = self._stream(inputs, rows, state)
             single = state is not None and stream.lengths is None and inputs.q.shape[2] == 1
+            after: State | None
             if state is not None and single:
                 out, after = self._step(stream, state, inputs.score)
             else:
@@ -132,7 +133,8 @@ class Mixer(nn.Module):
 
     def _by_memory(self, x: Tensor) -> Tensor:
         """(B, H, T, D) to (B, M, R, T, D): head h reads memory h // R."""
-        return x.unflatten(1, (self.memories, self.readers))
+        grouped: Tensor = x.unflatten(1, (self.memories, self.readers))
+        return grouped
 
     def _phi_q(self, q: Tensor) -> Tensor:
         if self.map_q is not None:
@@ -141,7 +143,7 @@ class Mixer(nn.Module):
         return self.map_k(grouped.flatten(2, 3)).unflatten(2, grouped.shape[2:4])  # type: ignore[no-any-return]
 
     def _entries(self, k: Tensor, v: Tensor, gate: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """phi(k), v (with a column of ones for the denominator) and log-decays of tokens that enter; `valid` (B, T) masks the rest."""
+        """phi(k), v (with a one for the denominator) and log-decays of tokens that enter; `valid` (B, T) masks the rest."""
         repeats = self.memories // self.shape.kv_heads
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         phi = self.map_k(k)
@@ -172,7 +174,7 @@ class Mixer(nn.Module):
             k, v, gate = self._entries(s.far_k, s.v, s.gate, None)
             gate_now = None if gate is None else gate[:, :, 0]
             read, far = step(self._phi_q(s.far_q)[..., 0, :], k[:, :, 0], v[:, :, 0], gate_now, state["far"].to(s.q.dtype))
-            after["far"], read = far.to(state["far"].dtype), read[..., None, :]
+            after["far"], read = stored(far, state["far"].dtype, count + 1), read[..., None, :]
         return self.merge(*flat(near, read), s.far_q), after
 
     def _enter_older(self, s: Stream, state: State, after: State) -> Tensor:
@@ -197,7 +199,7 @@ class Mixer(nn.Module):
             far_k = held("recent_far_k") if "recent_far_k" in state else held("recent_k")
             k, v, gate = self._entries(far_k, held("recent_v"), gate, valid)
             _, far = chunked(k[:, :, None], k, v, gate, far, terraced=block)
-            after["far"] = far.to(state["far"].dtype)
+            after["far"] = stored(far, state["far"].dtype, count + 1)
         return self._phi_q(s.far_q) @ far[:, :, None]
 
     def _kept(self, s: Stream) -> State:
@@ -212,7 +214,9 @@ class Mixer(nn.Module):
 
     # ---- many tokens ----
 
-    def _chunked(self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype) -> tuple[Tensor, State | None]:
+    def _chunked(
+        self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, State | None]:
         near, read, after, joined = self._halves(s, state, score, dtype)
         out = self.merge(*flat(near, read), s.far_q)
         if not keep:
@@ -244,7 +248,7 @@ class Mixer(nn.Module):
                 read, far = chunked(self._phi_q(s.far_q), *self._entries(s.far_k, s.v, s.gate, valid), far)
             else:
                 read, far = self._far_older(s, joined, count, after["count"], far)
-            after["far"] = far.to(before["far"].dtype)
+            after["far"] = stored(far, before["far"].dtype, after["count"])
         return near, read, after, joined
 
     def halves(self, inputs: Inputs) -> tuple[Part | None, Tensor | None, Tensor]:
@@ -304,6 +308,11 @@ class Mixer(nn.Module):
             back = (torch.arange(time, device=count.device) + offset[:, None])[:, None, None, :, None]
             return read.gather(3, back.expand(-1, *read.shape[1:3], -1, read.shape[-1])), far
         return read[..., :time, :], far
+
+    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """phi(q) (B, M, R, T, K) and phi(k) (B, M, T, K) of full rows: their products are the far half's weights without decay."""
+        stream = self._stream(inputs, None, None)
+        return self._phi_q(stream.far_q), self._entries(stream.far_k, stream.v, None, None)[0]
 
     # ---- merge ----
 

@@ -55,8 +55,8 @@ class LinearizedModelMixin:
     _keep_in_fp32_modules_strict = {"linearize"}  # noqa: RUF012
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        install(self)  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self)
 
     def forward(
         self,
@@ -76,7 +76,7 @@ class LinearizedModelMixin:
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ValueError("pass input_ids or inputs_embeds")
-        batch, time = tokens.shape[:2]
+        time = tokens.shape[1]
         segments = None
         if attention_mask is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             cu_seq_lens = kwargs.get("cu_seq_lens_q")
@@ -91,7 +91,7 @@ class LinearizedModelMixin:
             if position_ids is None:
                 position_ids = positions(attention_mask, time, past_key_values)
         if past_key_values is not None:
-            upgrade_cache(past_key_values, converted(self))  # type: ignore[arg-type]
+            upgrade_cache(past_key_values, converted(self))
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=Call(mask, segments), **kwargs,
@@ -101,7 +101,7 @@ class LinearizedModelMixin:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            upgrade_cache(cache, converted(self))  # type: ignore[arg-type]
+            upgrade_cache(cache, converted(self))
         return result
 
     @staticmethod
@@ -133,28 +133,28 @@ def positions(attention_mask: Tensor, time: int, cache: Any) -> Tensor:
     return (attention_mask.long().cumsum(-1)[:, -time:] - 1 + past).clamp(min=0)
 
 
-def install(model: nn.Module) -> None:
+def install(model: Any) -> None:
     """Swap the attention modules that the model's plan names. ValueError on a plan of another schema."""
-    plan = model.config.linearize  # type: ignore[union-attr]
-    layers = plan.get("layers", [])  # type: ignore[union-attr]
+    plan = model.config.linearize
+    layers = plan.get("layers", [])
     for layer in layers:
-        spec, shape = plan_spec(plan, layer)  # type: ignore[arg-type]
+        spec, shape = plan_spec(plan, layer)
         attention = model.get_submodule(layer["module"])
         with torch.device(next(attention.parameters()).device):
             mixer = Mixer(spec, shape)
         swap(attention, mixer, layer["cache"], layer["index"])
-    if layers and plan.get("softmax_layers", 0) == 0:  # type: ignore[union-attr]
-        model.config._attn_implementation_internal = IMPLEMENTATION  # type: ignore[union-attr]
+    if layers and plan.get("softmax_layers", 0) == 0:
+        model.config._attn_implementation_internal = IMPLEMENTATION
 
 
-def attentions(model: nn.Module) -> list[LinearizedAttention]:
+def attentions(model: Any) -> list[LinearizedAttention]:
     """The swapped attention modules in order of layer."""
     found = [m for m in model.modules() if hasattr(m, "linearize_attend")]
-    return sorted(found, key=lambda m: m.linearize_index)  # type: ignore[no-any-return]
+    return sorted(found, key=lambda m: m.linearize_index)
 
 
-def converted(model: nn.Module) -> list[int]:
-    return [layer["index"] for layer in model.config.linearize["layers"]]  # type: ignore[union-attr, index]
+def converted(model: Any) -> list[int]:
+    return [layer["index"] for layer in model.config.linearize["layers"]]
 
 
 @contextmanager

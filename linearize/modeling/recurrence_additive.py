@@ -85,7 +85,8 @@ def _between(g: Tensor) -> Tensor:
     among = (token[None, :, None] < token) & (token <= token[:, None, None])  # (i, j, l): l is one of those tokens
     weights = among.flatten(0, 1).to(g.dtype)
     sums = weights @ g if g.shape[-1] > 1 else (g[..., 0] @ weights.T)[..., None]
-    return sums.unflatten(-2, (len(token), len(token))).masked_fill((token[:, None] < token)[..., None], -torch.inf)
+    pairs: Tensor = sums.unflatten(-2, (len(token), len(token)))
+    return pairs.masked_fill((token[:, None] < token)[..., None], -torch.inf)
 
 
 def _boundary_states(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def unrotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """x (B, h, T, D) before y = x cos + rotate_half(x) sin on its first channels; cos, sin (B or 1, T, rotary). No RoPE: x itself."""
+    """x (B, h, T, D) before y = x cos + rotate_half(x) sin on its first channels; cos, sin (B or 1, T, rotary)."""
     if cos is None or sin is None:
         return x
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]

@@ -126,19 +126,31 @@ class MixerSpec:
         return [
             (self.has_near and self.window < 1, f"merge '{self.merge}' needs a window of at least 1 token"),
             (not self.has_near and bool(self.window or self.sinks), "merge 'far' has no near half: set window=0 and sinks=0"),
-            (self.has_far and not self.has_near and self.coverage != "all", "without a near half the far memory must cover all tokens"),
+            (self.has_far and not self.has_near and self.coverage != "all", "without a near half far must cover all tokens"),
             (self.merge == "denominator" and not self.normalise, "a shared denominator needs normalise=true"),
-            (self.merge == "denominator" and self.coverage != "older", "a shared denominator counts each token once: coverage must be 'older'"),
-            (self.has_far and self.normalise and self.feature_map == "identity", "a denominator needs a positive feature map: 'identity' takes normalise=false"),
+            (
+                self.merge == "denominator" and self.coverage != "older",
+                "a shared denominator counts each token once: set coverage='older'",
+            ),
+            (
+                self.has_far and self.normalise and self.feature_map == "identity",
+                "a denominator needs a positive feature map: 'identity' takes normalise=false",
+            ),
             (self.far_mass != "none" and self.merge != "denominator", "far_mass belongs to merge 'denominator'"),
             (self.merge == "near" and bool(self.conv), "a convolution belongs to the far half"),
             (self.merge == "near" and self.decay != "none", "a decay belongs to the far half"),
             (self.conv == 1, "a convolution of one tap does nothing: conv must be 0 or at least 2"),
-            (self.decay == "key" and self.feature_map == "hedgehog", "a gate from the key projection has one value a key channel: the map must keep the head dimension"),
-            (bool(self.feature_dim) and self.feature_map != "hedgehog", f"feature map '{self.feature_map}' has a fixed width: set feature_dim=0"),
+            (
+                self.decay == "key" and self.feature_map == "hedgehog",
+                "decay 'key' has one value a key channel: the map must keep the head dimension",
+            ),
+            (
+                bool(self.feature_dim) and self.feature_map != "hedgehog",
+                f"feature map '{self.feature_map}' has a fixed width: set feature_dim=0",
+            ),
             (not 0.0 <= self.near_weight <= 1.0, "near_weight must lie between 0 and 1"),
             (self.gate_divisor <= 0, "gate_divisor must be positive"),
-        ]  # fmt: skip
+        ]
 
     def state_bytes(self, shape: Shape, dtype_bytes: int = 4) -> int:
         """Bytes of one sequence's state in one layer, for a model whose activations take `dtype_bytes` each."""

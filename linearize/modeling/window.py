@@ -71,7 +71,8 @@ def attend(q: Tensor, groups: list[Keys], score: Scores) -> Part:
     assert numerator is not None
 
     def back(x: Tensor) -> Tensor:
-        return x.unflatten(3, (repeats, size)).transpose(2, 3).flatten(3, 4)  # (B, G, R, T, ...)
+        apart: Tensor = x.unflatten(3, (repeats, size))
+        return apart.transpose(2, 3).flatten(3, 4)  # (B, G, R, T, ...)
 
     return Part(back(numerator), back(weights.sum(-1)), back(top))
 
@@ -118,7 +119,9 @@ def ring_positions(count: Tensor, capacity: int) -> Tensor:
     return count[:, None] - 1 - (count[:, None] - 1 - slots) % capacity
 
 
-def near_step(q: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, spec: MixerSpec, score: Scores) -> Part:
+def near_step(
+    q: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, spec: MixerSpec, score: Scores
+) -> Part:
     """One query q (B, G, R, 1, D) over the ring (B, G, R, .) and sinks, both holding the query's own token; `count` includes it."""
     query = count[:, None, None, None, None] - 1
     key = ring_positions(count, spec.recent)[:, None, None, None]

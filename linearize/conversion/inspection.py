@@ -1,0 +1,43 @@
+"""What a checkpoint is, without loading its weights. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from linearize.checkpoint import read_config
+from linearize.checkpoint import verify as verify_files
+from linearize.conversion.plan import KV_DTYPE_BYTES, KV_LENGTHS
+from linearize.errors import IntegrityError, UnsupportedError, UsageError
+from linearize.modeling.spec import SCHEMA_VERSION, plan_spec
+
+
+def inspect(directory: Path, verify: bool = True) -> dict[str, Any]:
+    """Plan, stages, source, bytes and whether every file is as it was written. Errors as in loading."""
+    if not directory.is_dir():
+        raise UsageError("no such folder", str(directory), "linearize convert MODEL makes one")
+    config = read_config(directory / "config.json")
+    plan = config.get("linearize")
+    if not plan:
+        raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
+    if int(plan.get("schema", 0)) > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
+            str(directory),
+            "pip install -U linearize",
+        )
+    files = verify_files(directory, verify)["files"].values()
+    layers = []
+    for layer in plan["layers"]:
+        spec, shape = plan_spec(plan, layer)
+        layers.append(
+            {"index": layer["index"], "module": layer["module"], "state_bytes": spec.state_bytes(shape), "mixer": spec.to_dict()}
+        )
+    kv = sum(2 * layer["shape"]["kv_heads"] * layer["shape"]["head_dim"] * KV_DTYPE_BYTES for layer in plan["layers"])
+    return {
+        "path": str(directory), "model_type": config["model_type"], "method": plan["method"], "options": plan["options"],
+        "start": plan["start"], "stages": plan["stages"], "merged": any(s.get("merged") for s in plan["stages"]),
+        "source": plan["source"], "layers": layers, "state_bytes": sum(layer["state_bytes"] for layer in layers),
+        "kv_bytes": {str(n): n * kv for n in KV_LENGTHS}, "linearize_version": plan["version"], "schema": plan["schema"],
+        "files": {"verified": verify, "count": len(files), "bytes": sum(file["bytes"] for file in files)},
+    }  # fmt: skip

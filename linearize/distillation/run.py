@@ -1,0 +1,214 @@
+"""Distillation of a converted checkpoint: its method's stages, then one merged checkpoint that loads as any model."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from linearize import text
+from linearize.checkpoint import check_target
+from linearize.conversion.convert import save
+from linearize.distillation import lora
+from linearize.distillation.loop import Schedule, Trainer, make_accelerator
+from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
+from linearize.distillation.state import latest_state
+from linearize.errors import InputError, UsageError
+from linearize.loading import check, load
+from linearize.methods import get
+from linearize.methods.base import Stage
+from linearize.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SEQUENCE = 1024
+KINDS = ("attention", "lora", "all")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The checkpoint written, and what each stage trained, on how many tokens, from which loss to which."""
+
+    path: Path
+    stages: list[dict[str, Any]]
+    is_main: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": str(self.path), "stages": self.stages}
+
+
+def distill(
+    directory: Path,
+    *,
+    data: str = text.BUILTIN,
+    tokens: int | None = None,
+    stage: str = "all",
+    output: Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    sequence: int = SEQUENCE,
+    batch: int = 1,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Distilled:
+    """Train the mixers (stage attention), then LoRA (stage lora), and write the merged checkpoint to `output`.
+
+    `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
+    """
+    if stage not in KINDS:
+        raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
+    plan = check(directory)["linearize"]
+    target = output or directory.with_name(f"{directory.resolve().name}-distilled")
+    check_target(target, overwrite, directory.resolve())
+    training, _ = text.split(text.documents(data))
+    accelerator = make_accelerator(device)
+    model, tokenizer = load(directory, device=str(accelerator.device))
+    rows = text.pack(text.tokenise(tokenizer, training), sequence)
+    chosen = stages_for(plan, stage, tokens)
+    run = target.with_name(f"{target.name}.run")
+    begin_run(accelerator, run, resume)
+    facts = {"data": data, "seed": seed, "sequence": sequence, "batch": batch, "processes": accelerator.num_processes}
+    teller = progress if accelerator.is_main_process else silent
+    found = train_stages(accelerator, model, chosen, rows, run, facts, batch=batch, seed=seed, resume=resume, progress=teller)
+    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
+    return Distilled(target, found.stages, accelerator.is_main_process)
+
+
+@dataclass
+class Trained:
+    model: Any
+    stages: list[dict[str, Any]]
+
+
+def stages_for(plan: Mapping[str, Any], wanted: str, tokens: int | None) -> list[Stage]:
+    """The method's stages of that kind, with the budget that was asked for."""
+    own = [s for s in get(plan["method"]).stages if wanted in ("all", s.kind)]
+    if not own:
+        kinds = ", ".join(s.kind for s in get(plan["method"]).stages)
+        raise UsageError(f"method {plan['method']} has no stage '{wanted}'", "--stage", f"its stages: {kinds}")
+    return [replace(s, tokens=tokens) if tokens else s for s in own]
+
+
+def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
+    """The folder that holds a run's state and metrics until its checkpoint is written."""
+    if resume and latest_state(run) is None:
+        raise InputError("there is no saved state to go on from", str(run), "start without --resume")
+    if accelerator.is_main_process:
+        if not resume:
+            shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+
+def train_stages(
+    accelerator: Accelerator, model: Any, stages: list[Stage], rows: text.Packed, run: Path, facts: dict[str, Any], *,
+    batch: int = 1, seed: int = 0, resume: bool = False, deadline: float | None = None, progress: Progress = silent,
+) -> Trained:  # fmt: skip
+    """Run the stages in order on one model. `deadline` (time.monotonic) ends the last stage early."""
+    done: list[dict[str, Any]] = []
+    saved = latest_state(run) if resume else None
+    at = int(saved[0]["stage"]) if saved else 0
+    for number, stage in enumerate(stages):
+        if number < at:
+            _restore_stage(model, saved, done)
+            continue
+        model, report = train_stage(
+            accelerator, model, stage, number, rows, run, {**facts, "tokens": [s.tokens for s in stages]},
+            batch=batch, seed=seed, resume=resume and number == at, deadline=deadline, progress=progress,
+        )  # fmt: skip
+        done.append(report)
+    return Trained(model, done)
+
+
+def _restore_stage(model: Any, saved: Any, done: list[dict[str, Any]]) -> None:
+    """A stage that was complete when the run stopped: its parameters are part of the saved state of the next one."""
+    load_parameters(model, {name: x for name, x in saved[1].items() if ".linearize." in name})
+    done.extend(saved[0].get("done", [])[len(done) : len(done) + 1])
+
+
+def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_parameters())
+    for name, x in tensors.items():
+        own[name].data.copy_(x)
+
+
+def train_stage(
+    accelerator: Accelerator, model: Any, stage: Stage, number: int, rows: text.Packed, run: Path, facts: dict[str, Any], *,
+    batch: int, seed: int, resume: bool, deadline: float | None, progress: Progress,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """One stage; returns the model (wrapped by peft after a lora stage) and its report."""
+    model.requires_grad_(False)
+    if stage.kind == "attention":
+        trained = {"mixers": mixer_parameters(model)}
+    else:
+        model = lora.add_adapter(model, stage, seed)
+        trained = {"lora": lora_parameters(model)}
+        if stage.mixer_lr:
+            trained["mixers"] = mixer_parameters(model)
+    rates = {"mixers": stage.mixer_lr or stage.lr, "lora": stage.lr}
+    trained = {group: params for group, params in trained.items() if params}
+    report: dict[str, Any] = {"kind": stage.kind, "loss": stage.loss, **facts, "trained": [], "merged": stage.kind == "lora"}
+    for group, params in trained.items():
+        count = sum(p.numel() for p in params.values())
+        dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
+        report["trained"].append({"group": group, "parameters": count, "dtype": dtype, "lr": rates[group]})
+        for p in params.values():
+            p.requires_grad_(True)
+    if not trained:
+        return model, {**report, "tokens": 0, "steps": 0, "note": "the method has no parameter to transfer"}
+    progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"])
+    every = {name: p for params in trained.values() for name, p in params.items()} | mixer_parameters(model)
+    trainer = Trainer(
+        accelerator, run, number, stage.kind,
+        groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
+        parameters=lambda: {name.removeprefix("base_model.model."): p.data for name, p in every.items()},
+        restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
+        backward=_backward(accelerator, model, stage),
+        schedule=_schedule(accelerator, rows, stage, seed, batch),
+        facts=facts, progress=progress, reduce_gradients=stage.kind == "attention", deadline=deadline,
+    )  # fmt: skip
+    result = trainer.train(resume)
+    result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
+    return model, {**report, **result}
+
+
+def _wrapped(name: str, every: Mapping[str, nn.Parameter]) -> str:
+    return name if name in every else f"base_model.model.{name}"
+
+
+def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: int, batch: int) -> Schedule:
+    a_step = batch * accelerator.num_processes * rows.ids.shape[1]
+    return Schedule(rows, max(round(stage.tokens / a_step), 1), seed, accelerator.num_processes, accelerator.process_index, batch)
+
+
+def _backward(accelerator: Accelerator, model: Any, stage: Stage) -> Any:
+    if stage.kind == "attention":
+        return AttentionTransfer(model, stage).backward
+    wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+    return LogitDistillation(accelerator, wrapped, model, stage).backward
+
+
+def finish(
+    accelerator: Accelerator, model: Any, tokenizer: Any, reports: list[dict[str, Any]], facts: Mapping[str, Any],
+    target: Path, run: Path, overwrite: bool,
+) -> None:  # fmt: skip
+    """Merge the adapters, record the stages in the plan, write the checkpoint, and only then remove the run's state."""
+    if hasattr(model, "merge_and_unload"):
+        model = lora.merge(model)
+    model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
+    if accelerator.is_main_process:
+        save(
+            model, tokenizer, target, overwrite=overwrite, recipe={"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
+        )
+        shutil.rmtree(run, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+__all__ = ["Distilled", "distill", "train_stages"]

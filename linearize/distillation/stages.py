@@ -1,0 +1,77 @@
+"""The two kinds of stage: attention transfer layer by layer, and LoRA against the teacher's logits."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.distillation.losses import LAYER_LOSSES, ce, kl
+from linearize.methods.base import Stage
+from linearize.modeling.attention import LinearizedAttention
+from linearize.modeling.mixer import Inputs
+from linearize.modeling.modeling_linearized import mode, observed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The new parameters, by name."""
+    return {name: p for name, p in model.named_parameters() if ".linearize." in name}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+class AttentionTransfer:
+    """Each mixer learns its layer's attention on the teacher's own inputs: one backward pass a layer, freed at once."""
+
+    def __init__(self, model: nn.Module, stage: Stage) -> None:
+        self.model, self.loss = model, LAYER_LOSSES[stage.loss]
+        self.by_layer: dict[int, float] = {}
+
+    def backward(self, ids: Tensor, positions: Tensor) -> float:
+        """Adds the gradients of every mixer; returns the mean loss over layers."""
+        self.by_layer = {}
+        with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
+            self.model(input_ids=ids, position_ids=positions, logits_to_keep=1)
+        return sum(self.by_layer.values()) / len(self.by_layer)
+
+    def _observe(self, attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        with torch.enable_grad():
+            loss = self.loss(attention.linearize, inputs, target)
+            if loss.requires_grad:
+                loss.backward()
+        self.by_layer[attention.linearize_index] = float(loss.detach())
+
+
+class LogitDistillation:
+    """The whole student against its teacher: the same network with mixers and adapters switched off."""
+
+    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, model: Any, stage: Stage) -> None:
+        self.accelerator, self.wrapped, self.model, self.stage = accelerator, wrapped, model, stage
+
+    def backward(self, ids: Tensor, positions: Tensor) -> float:
+        """Loss by the global number of target tokens; adds the gradients; returns this process's share of the loss."""
+        counted = positions[:, 1:] > 0
+        tokens = counted.sum().clamp(min=1)
+        share = self.accelerator.reduce(tokens.float(), "mean")
+        teacher = None
+        if self.stage.loss == "kl":
+            with torch.no_grad(), self._without_adapters(), mode(self.model, "teacher"):
+                teacher = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1][counted]
+        student = self.wrapped(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1][counted]
+        targets = ids[:, 1:][counted]
+        loss = ce(student, targets) * (self.stage.ce_weight if teacher is not None else 1.0)
+        if teacher is not None:
+            loss = loss + kl(student, teacher)
+        loss = loss / share
+        self.accelerator.backward(loss)
+        return float(loss.detach())
+
+    def _without_adapters(self) -> AbstractContextManager[Any]:
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()

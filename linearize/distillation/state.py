@@ -1,0 +1,66 @@
+"""A run's training state on disk: safetensors and JSON only, written whole or not at all, the last two kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from linearize.checkpoint import staged, verify
+from linearize.errors import InputError, IntegrityError
+
+KEEP = 2
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and steps by parameter number."""
+    return {f"{i}.{name}": x for i, entry in optimizer.state_dict()["state"].items() for name, x in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, x in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = x
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save_state(
+    run: Path, stage: int, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
+    """Write run/step-<stage>-<step>; older ones are pruned only after it is complete."""
+    target = run / f"step-{stage}-{step:08d}"
+    with staged(target, overwrite=True) as folder:
+        save_file({name: x.detach().contiguous() for name, x in parameters.items()}, folder / "parameters.safetensors")
+        save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+        (folder / "state.json").write_text(json.dumps({**facts, "stage": stage, "step": step}), encoding="utf-8")
+    for old in sorted(run.glob("step-*-*[0-9]"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def latest_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]] | None:
+    """Facts, parameters and optimizer tensors of the newest complete state; a broken one is passed over."""
+    for folder in sorted(run.glob("step-*-*[0-9]"), reverse=True):
+        try:
+            verify(folder)
+        except IntegrityError:
+            continue
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return facts, load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
+    return None
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError if a resumed run would not go on as it began."""
+    for key, value in now.items():
+        if saved.get(key) != value:
+            raise InputError(
+                f"the run was begun with {key} {saved.get(key)}, not {value}",
+                "--resume",
+                f"give it {key} {saved.get(key)}, or start anew without --resume",
+            )

@@ -1,0 +1,129 @@
+"""Streaming generation on transformers' generate(), with speed and memory counted; shared by chat, generate and the demo."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from linearize.loading import load
+
+PREFILL_CHUNK = 2048
+KV_BYTES = 2  # a softmax cache in 16 bits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampling: temperature 0 is greedy; the same seed gives the same text."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def to_generate(self) -> dict[str, Any]:
+        if self.temperature <= 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation between two tokens when asked to, and notes when the first one came."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.first_token: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.first_token = self.first_token or time.monotonic()
+        return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
+
+
+@dataclass
+class Generator:
+    """A model and its tokenizer; `stream` continues token ids on a cache and leaves figures in `last`."""
+
+    model: Any
+    tokenizer: Any
+    last: dict[str, Any] = field(default_factory=dict)
+    _stop: _Stop = field(default_factory=_Stop)
+
+    def new_cache(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+    def stop(self) -> None:
+        """End the running answer after the token in work."""
+        self._stop.asked.set()
+
+    def stream(self, ids: list[int], cache: Any, settings: Settings) -> Iterator[str]:
+        """Pieces of text that follow `ids`, the first of which the cache holds; afterwards `ids` is the whole sequence."""
+        self._stop = _Stop()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        known, began = cache.get_seq_length(), time.monotonic()
+        inputs = torch.tensor([ids], device=self.model.device)
+        found: list[list[int]] = []
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(settings.seed)
+                    sequences = self.model.generate(
+                        inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, streamer=streamer,
+                        max_new_tokens=settings.max_tokens, stopping_criteria=StoppingCriteriaList([self._stop]),
+                        pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
+                    )  # fmt: skip
+                found.append(sequences[0].tolist())
+            except BaseException as error:  # handed to the thread that reads
+                failed.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        yield from (piece for piece in streamer if piece)
+        worker.join()
+        if failed:
+            raise failed[0]
+        new = len(found[0]) - len(ids)
+        prompt = len(ids) - known
+        ids[:] = found[0]
+        self.last = self._figures(prompt, new, len(ids), began, cache)
+
+    def _figures(self, prompt: int, new: int, total: int, began: float, cache: Any) -> dict[str, Any]:
+        now, first = time.monotonic(), self._stop.first_token or time.monotonic()
+        layers = [layer for layer in cache.layers if getattr(layer, "is_linearize_layer", False)]
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return {
+            "tokens": new,
+            "tokens_per_second": (new - 1) / (now - first) if new > 1 and now > first else None,
+            "prefill_tokens": prompt,
+            "prefill_tokens_per_second": prompt / max(first - began, 1e-9),
+            "state_bytes": sum(layer.nbytes for layer in layers),
+            "kv_bytes": config.num_hidden_layers * total * 2 * config.num_key_value_heads * head_dim * KV_BYTES,
+            "context": total,
+        }
+
+
+class Completion:
+    """Plain continuation of a prompt by a checkpoint."""
+
+    def __init__(self, directory: Path, device: str = "auto") -> None:
+        model, tokenizer = load(directory, device=device)
+        self.generator = Generator(model, tokenizer)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.generator.last
+
+    def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
+        """Pieces of the continuation of `prompt`."""
+        ids = self.generator.tokenizer(prompt)["input_ids"] or [self.generator.tokenizer.bos_token_id or 0]
+        return self.generator.stream(list(ids), self.generator.new_cache(), settings)
