@@ -1,0 +1,90 @@
+"""linearize convert and linearize plan: a model's attention layers become mixers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from linearize.cli import flags, show
+from linearize.cli.console import Console
+from linearize.methods import DEFAULT
+
+EXAMPLES = """\
+linearize convert smollm2
+linearize convert llama --method hedgehog
+linearize convert ./Qwen3-0.6B -m lolcats --set window=128 -o qwen-lolcats
+linearize convert model.gguf --layers every:4 --dry-run"""
+PLAN_EXAMPLES = """\
+linearize plan smollm2
+linearize plan ./Qwen3-0.6B --method liger --layers 0-13 --json"""
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=flags.OUTPUT)]
+
+
+def convert(
+    model: flags.Model,
+    method: flags.MethodName = DEFAULT,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    start: flags.StartFlag = flags.Start.calibrated,
+    calibration: flags.Calibration = None,
+    dtype: flags.DtypeFlag = flags.Dtype.auto,
+    device: flags.Device = "auto",
+    seed: flags.Seed = 0,
+    revision: flags.Revision = None,
+    output: flags.Output = None,
+    dry_run: DryRun = False,
+    as_json: flags.Json = False,
+    overwrite: flags.Overwrite = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+) -> None:
+    """Convert a model: its attention layers become mixers.
+
+    Weights stay as they are; each attention layer gets a mixer whose new parameters are fitted to the
+    softmax that it replaces. Writes <model>-<method> unless -o says otherwise.
+    """
+    if dry_run:
+        return plan(model, method, layers, set_, start, revision, as_json, trust_remote_code)
+    from linearize.conversion.convert import convert as run
+
+    console = Console(as_json)
+    with console.progress() as progress:
+        made = run(
+            model, method=method, output=output, layers=layers, options=flags.options(set_ or ()), dtype=dtype.value,
+            device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
+            start=start.value, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    show.plan(console, made.plan.to_dict())
+    show.start_errors(console, made.plan.layers, made.errors)
+    console.say(f"\nsaved    {made.path}")
+    console.say(f"next     linearize distill {made.path}\n         linearize chat {made.path}")
+    console.data(made.to_dict())
+    return None
+
+
+def plan(
+    model: flags.Model,
+    method: flags.MethodName = DEFAULT,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    start: flags.StartFlag = flags.Start.calibrated,
+    revision: flags.Revision = None,
+    as_json: flags.Json = False,
+    trust_remote_code: flags.TrustRemoteCode = False,
+) -> None:
+    """Show what convert would do, and what it costs.
+
+    Nothing is loaded: at most config.json is fetched. The same as convert --dry-run.
+    """
+    from linearize.conversion.plan import make_plan
+
+    console = Console(as_json)
+    made = make_plan(
+        model, method=method, options=flags.options(set_ or ()), layers=layers, start=start.value, revision=revision,
+        trust_remote_code=trust_remote_code,
+    ).to_dict()  # fmt: skip
+    show.plan(console, made)
+    chosen = "" if method == DEFAULT else f" --method {method}"
+    console.say(f"\nnothing was written; to write it: linearize convert {model}{chosen}")
+    console.data(made)

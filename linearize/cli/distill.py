@@ -1,0 +1,67 @@
+"""linearize distill: teach the mixers what the softmax layers did."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from linearize.cli import flags, show
+from linearize.cli.console import Console
+
+EXAMPLES = """\
+linearize distill smollm2-default
+linearize distill smollm2-default --data book.txt --tokens 2M -o taught
+linearize distill smollm2-default --stage attention --tokens 50k
+linearize distill smollm2-default --resume
+torchrun --nproc_per_node 2 -m linearize distill smollm2-default"""
+
+LEARN = "What it learns from"
+Data = Annotated[
+    str, typer.Option(metavar="SOURCE", help="A text file, a folder, a hub data set, or builtin.", rich_help_panel=LEARN)
+]
+Tokens = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=LEARN, show_default="the method's"),
+]
+Stage = Annotated[flags.StageKind, typer.Option(help="Which stages to run.", rich_help_panel=LEARN)]
+Sequence = Annotated[int, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=LEARN)]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=LEARN)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel=flags.HOW)]
+
+
+def distill(
+    directory: flags.Directory,
+    data: Data = "builtin",
+    tokens: Tokens = None,
+    stage: Stage = flags.StageKind.all,
+    sequence: Sequence = 1024,
+    batch: Batch = 1,
+    resume: Resume = False,
+    seed: flags.Seed = 0,
+    device: flags.Device = "auto",
+    output: flags.Output = None,
+    as_json: flags.Json = False,
+    overwrite: flags.Overwrite = False,
+) -> None:
+    """Teach a converted checkpoint what its softmax layers did.
+
+    Stage attention fits each layer to the teacher's; stage lora trains an adapter against the teacher's
+    logits and merges it. The teacher is the same network with its mixers off. Writes DIR-distilled
+    unless -o says otherwise.
+    """
+    from linearize.distillation.run import distill as run
+
+    console = Console(as_json)
+    with console.progress() as progress:
+        made = run(
+            directory, data=data, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output, resume=resume,
+            seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if not made.is_main:
+        return
+    found = made.to_dict()
+    show.stages(console, found["stages"])
+    console.say(f"\nsaved    {made.path}")
+    console.say(f"next     linearize eval {made.path}\n         linearize chat {made.path}")
+    console.data(found)

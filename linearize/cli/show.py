@@ -1,0 +1,155 @@
+"""Plans, trainings, measurements and checkpoints as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from linearize.cli.console import Column, Console
+from linearize.cli.units import clock, figure, groups, number, pairs, percent, size, span
+
+
+def plan(console: Console, made: Mapping[str, Any]) -> None:
+    """What becomes of each layer, and what that costs."""
+    source = made["source"]
+    where = "" if source.get("path") in (None, source["id"]) else str(source["path"])
+    called = source["id"] + at(source)
+    alias = f"('{source['given']}')" if source.get("given") not in (None, source["id"], where) else ""
+    count = len(made["layers"])
+    console.facts(
+        [
+            ("model", "  ".join(x for x in (called, alias, made["architecture"], f"{count} layers") if x)),
+            ("from", where),
+            ("method", "  ".join(x for x in (made["method"], pairs(made["options"]), f"start {made['start']}") if x)),
+        ]
+    )
+    console.say()
+    layers(console, made)
+    memory(console, made)
+
+
+def at(source: Mapping[str, Any]) -> str:
+    return f" @{str(source['revision'])[:8]}" if source.get("revision") else ""
+
+
+def layers(console: Console, made: Mapping[str, Any]) -> None:
+    """One row for each run of layers that are alike."""
+
+    def kind(layer: Mapping[str, Any]) -> tuple[Any, ...]:
+        return layer.get("was", "softmax"), layer["becomes"], layer["parameters"], layer["state_bytes"]
+
+    rows = []
+    for (was, becomes, parameters, state), run in groupby(made["layers"], key=kind):
+        indices = [layer["index"] for layer in run]
+        each = " each" if len(indices) > 1 else ""
+        added = f"{number(parameters)}{each}" if parameters else "0"
+        rows.append((span(indices), was, becomes, added, f"{size(state)}{each}" if state else "grows"))
+    kept = made.get("kept", 0)
+    total = f"{len(made['layers']) - kept} of {len(made['layers'])}"
+    rows.append(("total", "", total, number(made["parameters_added"]), size(made["state_bytes"]) + (" + KV" if kept else "")))
+    console.table((Column("layer"), Column("was"), Column("becomes"), Column("+ params", True), Column("state / seq", True)), rows)
+
+
+def memory(console: Console, made: Mapping[str, Any]) -> None:
+    rows = []
+    for length, kv in made["kv_bytes"].items():
+        saved = made["kv_bytes_saved"][length]
+        verdict = f"{size(saved)} saved" if saved >= 0 else f"{size(-saved)} more"
+        rows.append((f"{int(length):,} tokens", size(kv), size(kv - saved), verdict))
+    console.say()
+    console.table((Column("one sequence of"), Column("KV cache", True), Column("now", True), Column("", True)), rows)
+
+
+def stages(console: Console, trained: Sequence[Mapping[str, Any]]) -> None:
+    """What each stage of distillation trained, and how far the loss fell."""
+    rows = [
+        (
+            s["kind"],
+            number(s["tokens"]),
+            loss(s, "first_loss"),
+            loss(s, "last_loss"),
+            clock(s.get("seconds", 0)),
+            groups(s["trained"]),
+        )
+        for s in trained
+    ]
+    numbers = (Column(title, True) for title in ("tokens", "first loss", "last", "time"))
+    console.table((Column("stage"), *numbers, Column("trained")), rows)
+
+
+def loss(stage: Mapping[str, Any], key: str) -> str:
+    return "-" if stage.get(key) is None else f"{stage[key]:.4g}"
+
+
+def evaluation(console: Console, measured: Mapping[str, Any]) -> None:
+    """Fidelity to the teacher, layer errors and recall."""
+    model, text = f"{measured['model']}  {measured['method']}", f"{measured['text']}  {measured['tokens']:,} tokens"
+    console.facts([("model", model), ("text", text)])
+    console.say()
+    console.table(
+        (Column("model"), *(Column(title, True) for title in ("perplexity", "ratio", "top-1", "KL", "state"))),
+        [(r["name"], figure(r["perplexity"]), figure(r["ratio"], 3), *fidelity(r)) for r in measured["rows"]],
+    )
+    if measured.get("layers"):
+        errors(console, measured["layers"])
+    if measured.get("recall"):
+        console.say()
+        console.table(
+            (Column("pass-key at", True), Column("student", True), Column("teacher", True), Column("window only", True)),
+            [
+                (f"{r['length']:,}", percent(r["student"]), percent(r.get("teacher")), percent(r.get("near_only")))
+                for r in measured["recall"]
+            ],
+        )
+    for note in measured.get("notes", ()):
+        console.say(f"note: {note}")
+
+
+def fidelity(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return percent(row["top1"]), figure(row["kl"], 4), size(row["state_bytes"])
+
+
+def errors(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
+    """The middle and the worst three of the layers' errors: thirty rows would hide them."""
+    order = sorted(found, key=lambda layer: -layer["relative_error"])
+    worst = ", ".join(f"layer {layer['index']} {percent(layer['relative_error'])}" for layer in order[:3])
+    console.say()
+    console.facts([("layer error", f"median {percent(order[len(order) // 2]['relative_error'])}; worst: {worst}")])
+
+
+def start_errors(console: Console, indices: Sequence[int], found: Sequence[float]) -> None:
+    """How far each layer is from the teacher's before any training."""
+    if found:
+        errors(console, [{"index": i, "relative_error": error} for i, error in zip(indices, found, strict=True)])
+
+
+def checkpoint(console: Console, found: Mapping[str, Any]) -> None:
+    """What a checkpoint is, without loading it."""
+    source, files = found["source"], found["files"]
+    trained = "; ".join(f"{s['kind']} {number(s['tokens'])} tokens" for s in found["stages"]) or "none"
+    console.facts(
+        [
+            ("path", str(found["path"])),
+            ("model", f"{found['model_type']}  from {source['id']}" + at(source)),
+            ("method", f"{found['method']}  {pairs(found.get('options', {}))}  start {found['start']}"),
+            ("stages", trained + ("  (adapter merged)" if found.get("merged") else "")),
+            ("layers", f"{len(found['layers'])} converted: {span(layer['index'] for layer in found['layers'])}"),
+            ("state", f"{size(found['state_bytes'])} per sequence"),
+            ("KV would be", ", ".join(f"{size(n)} at {int(length):,}" for length, n in found["kv_bytes"].items())),
+            ("files", "whole, hashes match" if files.get("verified") else "sizes match; hashes not read"),
+            ("written by", f"linearize {found['linearize_version']}, schema {found['schema']}"),
+        ]
+    )
+
+
+def stats(last: Mapping[str, Any]) -> str:
+    """One line after an answer."""
+    parts = [
+        f"{last['tokens']} tok",
+        f"{number(last['tokens_per_second'])} tok/s",
+        f"prefill {number(last['prefill_tokens_per_second'])} tok/s",
+        f"state {size(last['state_bytes'])}",
+        f"KV would be {size(last['kv_bytes'])}",
+    ]
+    return " · ".join(parts)

@@ -1,0 +1,141 @@
+"""What is printed: tables that fit, one JSON object where asked, errors in two lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.tiny import Cli
+from linearize import methods
+from linearize.cli import console, units
+
+
+def test_methods_lists_every_method(cli: Cli) -> None:
+    done = cli("methods")
+    assert done.code == 0
+    assert all(f"\n{name} " in done.out for name in methods.names())
+
+
+def test_a_method_shows_its_options(cli: Cli) -> None:
+    done = cli("methods", "liger")
+    for option in methods.get("liger").options():
+        assert option["key"] in done.out
+        assert option["help"] in done.out
+
+
+def test_methods_as_json(cli: Cli) -> None:
+    listed = json.loads(cli("methods", "--json").out)
+    assert [method["name"] for method in listed] == methods.names()
+    one = json.loads(cli("methods", "lolcats", "--json").out)
+    assert {"key", "type", "default", "help"} == set(one["options"][0])
+
+
+@pytest.mark.parametrize("verb", [("plan",), ("convert", "--dry-run")], ids=" ".join)
+def test_a_plan_is_shown_and_nothing_is_written(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli(verb[0], model, *verb[1:], "--layers", "0", "--method", "hedgehog")
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()]
+    assert next(row for row in rows if row[:1] == ["0"])[:3] == ["0", "softmax", "hedgehog"]
+    assert ["1", "softmax", "kept", "0", "grows"] in rows
+    assert next(row for row in rows if row[:1] == ["total"])[:4] == ["total", "1", "of", "2"]
+    assert "4,096 tokens" in done.out
+    assert "32,768 tokens" in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_as_json(cli: Cli, model: Path) -> None:
+    done = cli("plan", model, "--json")
+    made = json.loads(done.out)
+    assert made["method"] == "default"
+    assert made["kept"] == 0
+    assert made["state_bytes"] == sum(layer["state_bytes"] for layer in made["layers"])
+
+
+def test_a_narrow_terminal_loses_nothing(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    done = cli("plan", model)
+    assert max(map(len, done.out.split("\nnothing")[0].splitlines())) <= 60
+    assert "…" not in done.out
+    assert "32,768 tokens" in done.out
+    assert "\x1b" not in done.out
+
+
+def test_inspect(cli: Cli, converted: Path) -> None:
+    done = cli("inspect", converted)
+    assert done.code == 0
+    assert "hashes match" in done.out
+    assert "2 converted: 0-1" in done.out
+    found = json.loads(cli("inspect", converted, "--json").out)
+    assert found["method"] == "default"
+    assert found["files"]["verified"]
+
+
+def test_convert_names_its_output_by_model_and_method(
+    cli: Cli, model: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli("convert", model, "--method", "liger", "--calibration", book)
+    assert done.code == 0, done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-liger"]
+    assert "saved    tiny-liger" in done.out
+    assert "linearize distill tiny-liger" in done.out
+
+
+def test_evaluate(cli: Cli, converted: Path, book: Path) -> None:
+    done = cli("eval", converted, "--data", book, "--tokens", "256", "--no-recall", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert {"teacher", "student"} <= {row["name"] for row in found["rows"]}
+    assert len(found["layers"]) == 2
+
+
+def test_evaluation_table(cli: Cli, converted: Path, book: Path) -> None:
+    done = cli("eval", converted, "--data", book, "--tokens", "256", "--no-recall")
+    assert done.code == 0, done.err
+    assert "perplexity" in done.out
+    assert "layer error" in done.out
+
+
+def test_distill(cli: Cli, converted: Path, book: Path, tmp_path: Path) -> None:
+    taught = tmp_path / "taught"
+    done = cli("distill", converted, "--data", book, "--tokens", "512", "--sequence", "64", "-o", taught, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert [stage["kind"] for stage in found["stages"]] == ["attention", "lora"]
+    assert cli("inspect", taught).code == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 KB"), (94_371_840, "94.4 MB"), (None, "-"), (1e15, "1000 TB")]
+)
+def test_sizes_are_decimal(count: float | None, text: str) -> None:
+    assert units.size(count) == text
+
+
+def test_spans() -> None:
+    assert units.span([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def test_json_holds_no_nan() -> None:
+    assert units.plain({"a": float("nan"), "b": [Path("x"), 1, True, None]}) == {"a": None, "b": ["x", 1, True, None]}
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    progress = console.Lines()
+    for step in range(101):
+        now = float(step)
+        progress("attention", step, 100, loss=0.5)
+    progress("save", 0, 1)
+    progress("save", 1, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "attention    0%  loss=0.5"
+    assert lines[1] == "attention    5%  eta 1:35  loss=0.5"
+    assert lines[-2:] == ["attention  100%  loss=0.5", "save"]
+    assert len(lines) == 22
