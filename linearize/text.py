@@ -89,13 +89,13 @@ def fingerprint(document: str) -> int:
 
 
 def split(docs: Sequence[str], percent: int = HELD_OUT_PERCENT) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, by hash; at least one on each side where there are two or more."""
+    """Training and held-out documents, by hash: at least one on each side of two or more, a single one for training."""
     order = sorted(docs, key=fingerprint)
     held = {id(d) for d in order if fingerprint(d) % 100 < percent}
     if len(order) > 1 and not held:
         held = {id(order[0])}
-    if len(held) == len(order) > 1:
-        held.discard(id(order[-1]))
+    if len(held) == len(order):
+        held -= {id(order[-1])} if order else set()
     return [d for d in docs if id(d) not in held], [d for d in docs if id(d) in held]
 
 

@@ -32,8 +32,14 @@ def write_options(command: Any, ctx: Any, formatter: Any) -> None:
         if record is None:
             continue
         panel = "Help" if param.name == "help" else getattr(param, "rich_help_panel", None)
-        found.append((panel or ("Arguments" if param.param_type_name == "argument" else "Options"), record))
+        name, text = record
+        found.append((panel or ("Arguments" if param.param_type_name == "argument" else "Options"), (name, unescape(text))))
     write_groups(formatter, found)
+
+
+def unescape(text: str) -> str:
+    """Older versions of typer escape brackets for rich, drawn by it or not."""
+    return text.replace("\\[", "[")
 
 
 def write_examples(command: Any, formatter: Any) -> None:

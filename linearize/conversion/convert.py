@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -192,9 +193,10 @@ def convert(
 
 
 def save(
-    model: Any, tokenizer: Any, output: Path, *, overwrite: bool = False, recipe: Mapping[str, Any] | None = None, card: str = ""
-) -> None:
-    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card and manifest."""
+    model: Any, tokenizer: Any, output: Path, *,
+    overwrite: bool = False, recipe: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
+) -> None:  # fmt: skip
+    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card, `files`, and the manifest."""
     plan = model.config.linearize
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
@@ -206,7 +208,9 @@ def save(
         tokenizer.save_pretrained(stage)
         resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
         (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        (stage / "README.md").write_text(card or plain_card(plan), encoding="utf-8")
+        (stage / "README.md").write_text(plain_card(plan), encoding="utf-8")
+        for path in files:
+            shutil.copyfile(path, stage / path.name)
 
 
 def plain_card(plan: Mapping[str, Any]) -> str:

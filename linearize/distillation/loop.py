@@ -85,6 +85,7 @@ class Trainer:
     backward: Callable[[Tensor, Tensor], float]
     schedule: Schedule
     facts: dict[str, Any]
+    done: list[dict[str, Any]]
     progress: Progress
     reduce_gradients: bool
     deadline: float | None = None
@@ -165,7 +166,7 @@ class Trainer:
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if self.accelerator.is_main_process:
-            save_state(self.run, self.stage, step, self.parameters(), optimizer, self.facts)
+            save_state(self.run, self.stage, step, self.parameters(), optimizer, {**self.facts, "done": self.done})
         self.accelerator.wait_for_everyone()
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:

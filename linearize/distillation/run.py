@@ -121,7 +121,7 @@ def train_stages(
             continue
         model, report = train_stage(
             accelerator, model, stage, number, rows, run, {**facts, "tokens": [s.tokens for s in stages]},
-            batch=batch, seed=seed, resume=resume and number == at, deadline=deadline, progress=progress,
+            batch=batch, seed=seed, resume=resume and number == at, deadline=deadline, done=list(done), progress=progress,
         )  # fmt: skip
         done.append(report)
     return Trained(model, done)
@@ -141,7 +141,7 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def train_stage(
     accelerator: Accelerator, model: Any, stage: Stage, number: int, rows: text.Packed, run: Path, facts: dict[str, Any], *,
-    batch: int, seed: int, resume: bool, deadline: float | None, progress: Progress,
+    batch: int, seed: int, resume: bool, deadline: float | None, done: list[dict[str, Any]], progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """One stage; returns the model (wrapped by peft after a lora stage) and its report."""
     model.requires_grad_(False)
@@ -172,7 +172,7 @@ def train_stage(
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
         backward=_backward(accelerator, model, stage),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
-        facts=facts, progress=progress, reduce_gradients=stage.kind == "attention", deadline=deadline,
+        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", deadline=deadline,
     )  # fmt: skip
     result = trainer.train(resume)
     result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
@@ -204,9 +204,8 @@ def finish(
         model = lora.merge(model)
     model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
     if accelerator.is_main_process:
-        save(
-            model, tokenizer, target, overwrite=overwrite, recipe={"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
-        )
+        recipe = {"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
+        save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=[run / "metrics.jsonl"])
         shutil.rmtree(run, ignore_errors=True)
     accelerator.wait_for_everyone()
 

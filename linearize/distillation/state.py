@@ -30,6 +30,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def states(run: Path) -> list[Path]:
+    """Saved states, oldest first; folders still being written are none."""
+    return sorted(p for p in run.glob("step-*") if "." not in p.name)
+
+
 def save_state(
     run: Path, stage: int, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
 ) -> None:
@@ -39,13 +44,13 @@ def save_state(
         save_file({name: x.detach().contiguous() for name, x in parameters.items()}, folder / "parameters.safetensors")
         save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps({**facts, "stage": stage, "step": step}), encoding="utf-8")
-    for old in sorted(run.glob("step-*-*[0-9]"))[:-KEEP]:
+    for old in states(run)[:-KEEP]:
         shutil.rmtree(old)
 
 
 def latest_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]] | None:
     """Facts, parameters and optimizer tensors of the newest complete state; a broken one is passed over."""
-    for folder in sorted(run.glob("step-*-*[0-9]"), reverse=True):
+    for folder in reversed(states(run)):
         try:
             verify(folder)
         except IntegrityError:

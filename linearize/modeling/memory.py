@@ -98,7 +98,7 @@ class RecurrentLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, **_: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state: State | None = None
         self.seen = 0
         self.recording = False
