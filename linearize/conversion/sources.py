@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ ALIASES = {
     "granite": "ibm-granite/granite-3.3-2b-instruct",
     "olmo": "allenai/OLMo-2-0425-1B-Instruct",
 }
+FIRST_BYTES = 1 << 20
 REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "head_dim")
 
@@ -49,8 +51,19 @@ class Source:
     def provenance(self) -> dict[str, Any]:
         return {
             "given": self.given, "id": self.id, "format": self.format, "revision": self.revision,
-            "path": str(self.path) if self.path is not None and self.format != "hub" else None,
+            "path": str(self.path) if self.path is not None and self.format != "hub" else None, "fingerprint": self.fingerprint(),
         }  # fmt: skip
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of what tells local weights apart without reading them whole: names, sizes and first bytes of their files."""
+        if self.path is None:
+            return None
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        total = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=str).encode())
+        for file in files:
+            with file.open("rb") as opened:
+                total.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(FIRST_BYTES))
+        return total.hexdigest()
 
 
 def resolve(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:

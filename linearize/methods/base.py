@@ -42,6 +42,8 @@ class Method:
     paper: ClassVar[str] = ""
     stages: ClassVar[tuple[Stage, ...]] = (Stage("attention", 1_000_000, 1e-2), Stage("lora", 1_000_000, 1e-4))
 
+    state_dtype: str = option("float32", "storage of the memory: float32 or bfloat16")
+
     def mixer(self) -> MixerSpec:
         raise NotImplementedError
 

@@ -25,14 +25,21 @@ class Default(Method):
     feature_dim: int = option(0, "columns of W; 0 is the head dimension")
     share_kv: bool = option(True, "one memory for each kv head: a state H/G times smaller")
     far_rope: bool = option(True, "queries and keys of the memory keep RoPE")
-    state_dtype: str = option("float32", "storage of the memory: float32 or bfloat16")
 
     def mixer(self) -> MixerSpec:
         return MixerSpec(
-            feature_map="hedgehog", feature_dim=self.feature_dim, share_kv=self.share_kv, window=self.window,
-            window_kind=self.window_kind, sinks=self.sinks, merge="denominator", coverage="older", far_mass="query",
-            far_rope=self.far_rope, state_dtype=self.state_dtype,
-        )  # fmt: skip
+            feature_map="hedgehog",
+            feature_dim=self.feature_dim,
+            share_kv=self.share_kv,
+            window=self.window,
+            window_kind=self.window_kind,
+            sinks=self.sinks,
+            merge="denominator",
+            coverage="older",
+            far_mass="query",
+            far_rope=self.far_rope,
+            state_dtype=self.state_dtype,
+        )
 
     def initialise(self, mixer: Mixer, calibration: Calibration, start: str) -> None:
         from linearize.methods import starts

@@ -29,9 +29,16 @@ class Hedgehog(Method):
         window = max(self.window, min(self.sinks, 1))  # sinks need a near half: the token itself at least
         near = bool(window)
         return MixerSpec(
-            feature_map="hedgehog", feature_dim=self.feature_dim, share_kv=self.share_kv, window=window, sinks=self.sinks,
-            merge="denominator" if near else "far", coverage="older" if near else "all", far_mass="head" if near else "none",
-        )  # fmt: skip
+            state_dtype=self.state_dtype,
+            feature_map="hedgehog",
+            feature_dim=self.feature_dim,
+            share_kv=self.share_kv,
+            window=window,
+            sinks=self.sinks,
+            merge="denominator" if near else "far",
+            coverage="older" if near else "all",
+            far_mass="head" if near else "none",
+        )
 
     def initialise(self, mixer: Mixer, calibration: Calibration, start: str) -> None:
         from linearize.methods import starts

@@ -25,6 +25,16 @@ class Liger(Method):
 
     def mixer(self) -> MixerSpec:
         return MixerSpec(
-            feature_map="softmax", share_kv=True, decay="key", gate_divisor=self.gate_divisor, coverage="all", normalise=False,
-            window=self.window, sinks=self.sinks, merge="sum", near_weight=self.near_weight, far_rope=False,
-        )  # fmt: skip
+            state_dtype=self.state_dtype,
+            feature_map="softmax",
+            share_kv=True,
+            decay="key",
+            gate_divisor=self.gate_divisor,
+            coverage="all",
+            normalise=False,
+            window=self.window,
+            sinks=self.sinks,
+            merge="sum",
+            near_weight=self.near_weight,
+            far_rope=False,
+        )

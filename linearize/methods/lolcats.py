@@ -28,9 +28,17 @@ class Lolcats(Method):
 
     def mixer(self) -> MixerSpec:
         return MixerSpec(
-            feature_map="hedgehog", feature_dim=self.feature_dim, share_kv=self.share_kv, window=self.window,
-            window_kind=self.window_kind, sinks=self.sinks, merge="denominator", coverage="older", far_mass="head",
-        )  # fmt: skip
+            state_dtype=self.state_dtype,
+            feature_map="hedgehog",
+            feature_dim=self.feature_dim,
+            share_kv=self.share_kv,
+            window=self.window,
+            window_kind=self.window_kind,
+            sinks=self.sinks,
+            merge="denominator",
+            coverage="older",
+            far_mass="head",
+        )
 
     def initialise(self, mixer: Mixer, calibration: Calibration, start: str) -> None:
         from linearize.methods import starts
