@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from linearize.conversion.teacher import teacher_host
 from linearize.distillation.loop import make_accelerator
 from linearize.distillation.run import SEQUENCE, begin_run, finish, stages_for, train_stages
 from linearize.distillation.stages import AttentionTransfer
-from linearize.errors import ResourceError
+from linearize.errors import Interrupted, ResourceError
 from linearize.evaluation.fidelity import LENGTH, Evaluation, evaluate_model, held_out_rows
 from linearize.loading import load
 from linearize.methods import DEFAULT, make
@@ -54,7 +55,9 @@ def evaluate(
     model, tokenizer = load(directory, device=device)
     plan = model.config.linearize
     _, held_out = text.split(docs)
-    what = f"the held-out documents of {source}, which no stage trains on" if held_out else f"{source}: one document, nothing held out"
+    what = (
+        f"the held-out documents of {source}, which no stage trains on" if held_out else f"{source}: one document, nothing held out"
+    )
     notes = [what]
     docs = held_out or docs
     rows = held_out_rows(tokenizer, docs, tokens)
@@ -128,7 +131,12 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     run = output.with_name(f"{output.name}.run")
     facts = {"data": text.BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
     begin_run(accelerator, run, resume=False)
-    trained = train_stages(accelerator, model, stages, rows, run, facts, progress=progress)
+    try:
+        trained = train_stages(accelerator, model, stages, rows, run, facts, progress=progress)
+    except Interrupted as stop:
+        shutil.rmtree(run, ignore_errors=True)
+        stop.what, stop.fix = "stopped", "linearize demo begins anew"
+        raise
     progress("save", 0, 1)
     finish(accelerator, trained.model, tokenizer, trained.stages, facts, output, run, overwrite)
     progress("save", 1, 1)

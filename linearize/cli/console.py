@@ -153,7 +153,7 @@ class Bars:
         if total <= 1:  # a step without a measure: one line, and room for the bars of whatever downloads or loads in it
             self.stop()
             if not done:
-                print(task, file=sys.stderr, flush=True)
+                print(f"{task}  {words(facts)}".rstrip(), file=sys.stderr, flush=True)
             return
         if self.bars is None:
             self._start()

@@ -28,7 +28,7 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import install, linearized_class
 from linearize.progress import Progress, silent
 
-CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
+CALIBRATION_ROWS, CALIBRATION_LENGTH, OWN_LENGTH = 2, 1024, 128
 STARTS = ("calibrated", "published")
 GENERATION_KEYS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
@@ -100,7 +100,7 @@ def convert_model(
     source: Source | None = None,
     progress: Progress = silent,
 ) -> Any:
-    """Convert a transformers CausalLM in memory. `calibration` (B, T) are token ids; without it mixers start as published.
+    """Convert a transformers CausalLM in memory. `calibration` (B, T) are token ids; without it the model's own text serves.
 
     Returns a model that generates, saves and trains as any other; the given one lends it its modules.
     """
@@ -122,9 +122,9 @@ def convert_in_memory(
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # whatever a start draws depends on the seed alone
-        new = attach(model.eval(), plan.config_field())
         if ids is None:
-            return new.train(training), []
+            ids = own_text(model.eval())
+        new = attach(model.eval(), plan.config_field())
 
         def begin(mixer: Mixer, calibration: Calibration) -> None:
             if mixer.spec.has_far:
@@ -136,6 +136,14 @@ def convert_in_memory(
             lambda done, error: progress("calibrate", done, total, relative_error=round(error, 4)),
         )  # fmt: skip
     return new.train(training), errors
+
+
+def own_text(model: Any) -> Tensor:
+    """Token ids (rows, length) that the model itself samples: for a conversion that is given no text."""
+    begin = torch.tensor([[model.config.bos_token_id or 0]] * CALIBRATION_ROWS, device=model.device)
+    length = min(OWN_LENGTH, getattr(model.config, "max_position_embeddings", OWN_LENGTH))
+    options = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
+    return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
 def calibration_ids(tokenizer: Any, path: Path | None) -> Tensor:

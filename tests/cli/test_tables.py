@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,43 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[
     assert lines[1] == "attention    5%  eta 1:35  loss=0.5"
     assert lines[-2:] == ["attention  100%  loss=0.5", "save"]
     assert len(lines) == 22
+
+
+def test_the_demo_shows_each_part_as_it_comes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"tokens_per_second": 5.0, "prefill_tokens_per_second": 69.0}
+    row = {"name": "student", "perplexity": 17.5, "ratio": None, "top1": None, "kl": None, "state_bytes": 6_100_000}
+    stage = {"kind": "attention", "tokens": 30_720, "first_loss": 0.08, "last_loss": 0.05, "seconds": 415.0}
+    group = {"group": "mixers", "parameters": 1_500_000, "dtype": "float32", "lr": 0.01}
+    found = {
+        "model": "m",
+        "method": "default",
+        "text": "builtin",
+        "tokens": 3069,
+        "rows": [row],
+        "layers": [],
+        "recall": [],
+        "notes": ["honest"],
+    }
+
+    def demo(tell: Callable[[str, object], None], **_: object) -> dict[str, object]:
+        tell("stages", [{**stage, "trained": [group]}])
+        tell("evaluation", found)
+        tell("question", "Why?")
+        for piece in ("Be", "cause."):
+            tell("answer", piece)
+        tell("stats", {"tokens": 2, "state_bytes": 6_100_000, "kv_bytes": 2_400_000, **speed})
+        tell("next", ["linearize chat a", "linearize methods"])
+        return {"path": "a"}
+
+    monkeypatch.setattr("linearize.pipeline.demo", demo)
+    done = cli("demo")
+    assert done.code == 0, done.err
+    for line in (
+        "attention  30.7 K        0.08  0.05  6:55  mixers 1.5 M float32 lr 0.01",
+        "student       17.50      -      -   -  6.1 MB",
+        "note: honest",
+        ">>> Why?\nBecause.\n2 tok · 5 tok/s · prefill 69 tok/s · state 6.1 MB · KV would be 2.4 MB",
+        "next     linearize chat a\n         linearize methods",
+    ):
+        assert line in done.out
+    assert json.loads(cli("demo", "--json").out) == {"path": "a"}
