@@ -7,9 +7,11 @@ from here.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -199,14 +201,15 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
 @contextmanager
 def ablated(model: nn.Module, half: str | None) -> Iterator[None]:
     """Run the model with the 'far' or the 'near' half of every mixer left out."""
-    modules = attentions(model)
+    inner = [module for attention in attentions(model) for module in attention.linearize.modules()]
+    mixers: list[Any] = [module for module in inner if "ablate" in vars(module)]  # peft may have wrapped them
     try:
-        for module in modules:
-            module.linearize.ablate = half
+        for mixer in mixers:
+            mixer.ablate = half
         yield
     finally:
-        for module in modules:
-            module.linearize.ablate = None
+        for mixer in mixers:
+            mixer.ablate = None
 
 
 @contextmanager
@@ -252,9 +255,24 @@ def linearized_class(arch: str, kind: str) -> Any:
         made = type(name, (LinearizedConfigMixin, base), {"__module__": __name__, "model_type": PREFIX + base.model_type})
     else:
         config = linearized_class(arch, "Config")
-        made = type(name, (LinearizedModelMixin, base), {"__module__": __name__, "config_class": config})
+        made = type(
+            name,
+            (LinearizedModelMixin, base),
+            {"__module__": __name__, "config_class": config, "forward": _forward_like(base.forward)},
+        )
     globals()[name] = made
     return made
+
+
+def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The mixin's forward with the signature of the base's: Trainer looks there for labels, generate() for logits_to_keep."""
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return LinearizedModelMixin.forward(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+    return forward
 
 
 def register(archs: list[str]) -> None:
