@@ -42,6 +42,7 @@ def linearized(base: Any, spec: MixerSpec, layers: Sequence[int] = (0, 1), seed:
     arch = type(base).__name__.removesuffix("ForCausalLM")
     data = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     plan = {"schema": SCHEMA_VERSION, "layers": changed, "softmax_layers": total - len(changed)}
+    torch.manual_seed(seed)
     model = linearized_class(arch, "ForCausalLM")(linearized_class(arch, "Config")(**data, linearize=plan))
     model.load_state_dict(base.state_dict(), strict=False)
     model.generation_config = copy.deepcopy(base.generation_config)
@@ -51,6 +52,7 @@ def linearized(base: Any, spec: MixerSpec, layers: Sequence[int] = (0, 1), seed:
 
 
 def random_mixer(spec: MixerSpec, kv_heads: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Mixer:
+    torch.manual_seed(seed)
     return randomise(Mixer(spec, tiny_shape(kv_heads)), seed).to(dtype)
 
 
