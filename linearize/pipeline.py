@@ -33,7 +33,7 @@ DEMO_PROMPT = "Name three things that a good short story needs."
 DEMO_ANSWER = Settings(max_tokens=64)
 MIN_TRANSFER_TOKENS = 30 * SEQUENCE
 EVALUATION_ROWS = 3
-RESERVE_STEPS = 9  # evaluation and chat take about as long as this many transfer steps
+RESERVE_STEPS = 14  # evaluation and chat take about as long as this many transfer steps
 LORA_STEP_COST = 2.5  # of a transfer step
 Tell = Callable[[str, object], None]
 

@@ -83,7 +83,9 @@ def variants_of(model: Any, host: Any) -> list[Variant]:
             alone = window_alone(spec, 0 if window == window_alone(spec).window else window)
             name = f"window {alone.window} + {alone.sinks} sinks alone"
             context = (lambda bare: lambda: replaced(host, bare))(alone)
-            found.append(Variant(name, host, context, layers * alone.state_bytes(shape)))
+            own = host is model and spec.has_far and alone == window_alone(spec) and alone.near_only() == spec.near_only()
+            same_as = "student, far memory off" if own else None  # the weights are the teacher's until a merge
+            found.append(Variant(name, host, context, layers * alone.state_bytes(shape), same_as))
     return found
 
 

@@ -24,6 +24,7 @@ class Variant:
     model: nn.Module
     context: Context = nullcontext
     state_bytes: int | None = None
+    same_as: str | None = None  # another variant that computes the very same: measured once
 
 
 @dataclass
@@ -58,11 +59,14 @@ def compare(variants: list[Variant], rows: Packed, report: Callable[[int, int], 
         counted = positions[0, 1:] > 0  # the first token of a document has nothing to be told from
         reference: Tensor | None = None
         for index, variant in enumerate(variants):
+            if variant.same_as is not None:
+                continue
             logits = logits_of(variant, ids, positions)[:-1]
             reference = logits if reference is None else reference
             _add(sums[index], logits, reference, ids[0, 1:], counted)
             report(number * len(variants) + index + 1, len(rows) * len(variants))
-    return sums
+    names = [v.name for v in variants]
+    return [s if v.same_as is None else sums[names.index(v.same_as)] for v, s in zip(variants, sums, strict=True)]
 
 
 def _add(sums: Sums, logits: Tensor, reference: Tensor, targets: Tensor, counted: Tensor) -> None:

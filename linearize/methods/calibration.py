@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Calibration:
 
     inputs: Inputs
     target: Tensor
+    _masses: dict[MixerSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at later keys."""
@@ -34,7 +35,12 @@ class Calibration:
             yield block, scores.masked_fill(keys > keys[block, None], -torch.inf)
 
     def far_log_mass(self, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-        """log sum exp of the teacher's scores over far keys, and over all keys: (B, H, T) each."""
+        """log sum exp of the teacher's scores over far keys, and over all keys: (B, H, T) each; computed once."""
+        if spec not in self._masses:
+            self._masses[spec] = self._far_log_mass(spec)
+        return self._masses[spec]
+
+    def _far_log_mass(self, spec: MixerSpec) -> tuple[Tensor, Tensor]:
         far, every = [], []
         time = self.inputs.q.shape[2]
         keys = torch.arange(time, device=self.inputs.q.device)
