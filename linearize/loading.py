@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.checkpoint import read_config, verify
-from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
-from linearize.modeling.spec import SCHEMA_VERSION
+from linearize.errors import ResourceError, UsageError
+from linearize.opening import check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,24 +45,6 @@ def fast_bf16() -> bool:
         or torch.cpu._is_amx_tile_supported()
         or torch.backends.cpu.get_cpu_capability() == "SVE256"
     )
-
-
-def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
-    """The plan of a checkpoint whose files are whole. Errors: no checkpoint, changed files, a newer schema."""
-    if not directory.is_dir():
-        raise UsageError("no such folder", str(directory), "linearize convert MODEL makes one")
-    config = read_config(directory / "config.json")
-    plan = config.get("linearize")
-    if not plan:
-        raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
-    if int(plan.get("schema", 0)) > SCHEMA_VERSION:
-        raise IntegrityError(
-            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
-            str(directory),
-            "pip install -U linearize",
-        )
-    verify(directory, hashes)
-    return config
 
 
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

@@ -5,28 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint import read_config
-from linearize.checkpoint import verify as verify_files
+from linearize.checkpoint import read_manifest
 from linearize.conversion.plan import KV_DTYPE_BYTES, KV_LENGTHS
-from linearize.errors import IntegrityError, UnsupportedError, UsageError
-from linearize.modeling.spec import SCHEMA_VERSION, plan_spec
+from linearize.modeling.spec import plan_spec
+from linearize.opening import check
 
 
 def inspect(directory: Path, verify: bool = True) -> dict[str, Any]:
     """Plan, stages, source, bytes and whether every file is as it was written. Errors as in loading."""
-    if not directory.is_dir():
-        raise UsageError("no such folder", str(directory), "linearize convert MODEL makes one")
-    config = read_config(directory / "config.json")
-    plan = config.get("linearize")
-    if not plan:
-        raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
-    if int(plan.get("schema", 0)) > SCHEMA_VERSION:
-        raise IntegrityError(
-            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
-            str(directory),
-            "pip install -U linearize",
-        )
-    files = verify_files(directory, verify)["files"].values()
+    config = check(directory, hashes=verify)
+    plan, files = config["linearize"], read_manifest(directory)["files"].values()
     layers = []
     for layer in plan["layers"]:
         spec, shape = plan_spec(plan, layer)

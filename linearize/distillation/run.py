@@ -19,9 +19,10 @@ from linearize.distillation.loop import Schedule, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
 from linearize.errors import InputError, UsageError
-from linearize.loading import check, load
+from linearize.loading import load
 from linearize.methods import get
 from linearize.methods.base import Stage
+from linearize.opening import check
 from linearize.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -1,0 +1,28 @@
+"""Opening a checkpoint: its config, once the folder proved to be a whole linearized checkpoint. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from linearize.checkpoint import read_config, verify
+from linearize.errors import IntegrityError, UnsupportedError, UsageError
+from linearize.modeling.spec import SCHEMA_VERSION
+
+
+def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
+    """The plan of a checkpoint whose files are whole. Errors: no checkpoint, changed files, a newer schema."""
+    if not directory.is_dir():
+        raise UsageError("no such folder", str(directory), "linearize convert MODEL makes one")
+    config = read_config(directory / "config.json")
+    plan = config.get("linearize")
+    if not plan:
+        raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
+    if int(plan.get("schema", 0)) > SCHEMA_VERSION:
+        raise IntegrityError(
+            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
+            str(directory),
+            "pip install -U linearize",
+        )
+    verify(directory, hashes)
+    return config
