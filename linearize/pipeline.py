@@ -30,10 +30,10 @@ from linearize.serving.session import Session, Settings
 
 DEMO_MODEL = "smollm2"
 DEMO_PROMPT = "Name three things that a good short story needs."
-DEMO_ANSWER = Settings(max_tokens=64)
+DEMO_ANSWER = Settings(max_tokens=40)
 MIN_TRANSFER_TOKENS = 30 * SEQUENCE
-EVALUATION_ROWS = 3
-RESERVE_STEPS = 14  # evaluation and chat take about as long as this many transfer steps
+EVALUATION_ROWS = 2
+RESERVE_STEPS = 20  # evaluation and chat take about as long as this many transfer steps
 LORA_STEP_COST = 2.5  # of a transfer step
 Tell = Callable[[str, object], None]
 
@@ -87,7 +87,7 @@ def demo(
     progress("load", 0, 1)
     base, tokenizer = load_source(source, torch.float32)
     progress("load", 1, 1)
-    model, _ = convert_in_memory(base.eval(), plan, method, calibration_ids(tokenizer, None), 0, progress)
+    model, _ = convert_in_memory(base.eval(), plan, method, calibration_ids(tokenizer, None)[:1], 0, progress)
     trained = _teach(model, tokenizer, output, end, overwrite, progress)
     tell("stages", trained)
     progress("load again", 0, 1)
