@@ -68,7 +68,7 @@ def pairwise_points() -> tuple[Point, ...]:
     points: dict[MixerSpec, None] = {}
     while waiting:
         pair = next(iter(waiting))
-        tries = 12 if any(_complete(dict(pair), chance) for _ in range(3)) else 0
+        tries = 12 if any(_complete(dict(pair), chance) for _ in range(8)) else 0
         found = [spec for spec in (_complete(dict(pair), chance) for _ in range(tries)) if spec is not None]
         del waiting[pair]
         if found:

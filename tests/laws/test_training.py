@@ -112,6 +112,15 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@torch.no_grad()
+def test_lora_at_zero() -> None:
+    """Law 8: an adapter that has learnt nothing changes no bit."""
+    model, ids = fresh(PUBLISHED["default"]).eval(), Repeats(True)[0]["input_ids"][None]
+    before = model(ids).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=MIXERS)).eval()
+    assert torch.equal(adapted(ids).logits, before)
+
+
 @each_method
 def test_lora(spec: MixerSpec, tmp_path: Path) -> None:
     """Adapters on the projections, mixers trained whole: only these change; saved, loaded and merged they say the same."""
