@@ -1,6 +1,6 @@
 """Writes the golden checkpoint of the current schema: run it once for each new schema, never for an old one.
 
-    python tests/golden/make.py
+python tests/golden/make.py
 """
 
 from __future__ import annotations
