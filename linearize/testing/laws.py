@@ -146,7 +146,7 @@ def padding(spec: MixerSpec, kv_heads: int) -> None:
         inputs = replace(inputs, mask=mask)
         expected = torch.stack([_alone(mixer, inputs, row) for row in range(len(mask))])
         assert_close(mixer(inputs)[0], expected, EXACT[torch.float64], f"pads {label}")
-        for sizes in ([3, 4, 1, 5], [1] * mask.shape[1]) if label in ("left", "holes at every step") else ([8],):
+        for sizes in ([3, 4, 1, 5], [1] * mask.shape[1]) if label == "holes at every step" else ([3, 8],):
             assert_close(run(mixer, inputs, sizes)[0], expected, carried(spec), f"pads {label}, calls of {sizes}")
 
 
