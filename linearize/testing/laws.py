@@ -73,10 +73,14 @@ def equations(spec: MixerSpec, kv_heads: int) -> None:
     """Parallel and token by token, the mixer is its equations: outputs, and gradients of inputs and parameters."""
     mixer, inputs = _setting(spec, kv_heads)
     expected = _gradients(mixer, inputs, lambda x: oracle(mixer, x))
-    for label, way in (("parallel", lambda x: mixer(x)[0]), ("step by step", lambda x: run(mixer, x, [1] * TIME)[0])):
-        bound = EXACT[torch.float64] if label == "parallel" else carried(spec)
-        for name, value in _gradients(mixer, inputs, way).items():
-            assert_close(value, expected[name], bound, f"{label}, {name}")
+    exact = EXACT[torch.float64]
+    for name, value in _gradients(mixer, inputs, lambda x: mixer(x)[0]).items():
+        assert_close(value, expected[name], exact, f"parallel, {name}")
+    stepped = _gradients(mixer, inputs, lambda x: run(mixer, x, [1] * TIME)[0])
+    assert_close(stepped.pop("output"), expected["output"], carried(spec), "step by step")
+    estimated = 2.0**-3 if spec.state_dtype == "bfloat16" else exact  # what passes straight through a rounding is an estimate
+    for name, value in stepped.items():
+        assert_close(value, expected[name], estimated, f"step by step, {name}")
 
 
 def _gradients(mixer: Mixer, inputs: Inputs, way: Callable[[Inputs], Tensor]) -> dict[str, Tensor]:
