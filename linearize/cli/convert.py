@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -56,7 +57,7 @@ def convert(
             start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     show.plan(console, made.plan.to_dict())
-    show.start_errors(console, made.plan.layers, made.errors)
+    show.start_errors(console, sorted(made.plan.parts), made.errors)
     console.say(f"\nsaved    {made.path}")
     console.say(f"next     linearize distill {made.path}\n         linearize chat {made.path}")
     console.data(made.to_dict())
@@ -85,6 +86,7 @@ def plan(
         trust_remote_code=trust_remote_code,
     ).to_dict()  # fmt: skip
     show.plan(console, made)
-    chosen = "" if method == DEFAULT else f" --method {method}"
+    flagged = [("--method", "" if method == DEFAULT else method), ("--layers", layers or ""), *(("--set", x) for x in set_ or ())]
+    chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, value in flagged if value)
     console.say(f"\nnothing was written; to write it: linearize convert {model}{chosen}")
     console.data(made)

@@ -14,13 +14,13 @@ from linearize.modeling.modeling_linearized import mode, observed
 
 
 def calibrate(
-    model: nn.Module, ids: Tensor, start: Callable[[Mixer, Calibration], None], report: Callable[[int, float], None]
+    model: nn.Module, ids: Tensor, start: Callable[[int, Mixer, Calibration], None], report: Callable[[int, float], None]
 ) -> list[float]:
     """Run the teacher over ids (B, T); returns each layer's relative error after its start."""
     errors: list[float] = []
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        start(attention.linearize, Calibration(inputs, target))
+        start(attention.linearize_index, attention.linearize, Calibration(inputs, target))
         output, _ = attention.linearize(inputs)
         errors.append(float(relative_error(output, target).mean()))
         report(len(errors), errors[-1])

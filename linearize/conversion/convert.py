@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.sources import ALIASES, Source, resolve
 from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
 from linearize.loading import pick_device, pick_dtype
-from linearize.methods import DEFAULT, Method, make
+from linearize.methods import DEFAULT
+from linearize.methods.base import STARTS
 from linearize.methods.calibration import Calibration
+from linearize.methods.layout import layout
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import install, linearized_class
 from linearize.progress import Progress, silent
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH, OWN_LENGTH = 2, 1024, 128
-STARTS = ("calibrated", "published")
 GENERATION_KEYS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
@@ -104,19 +106,16 @@ def convert_model(
 
     Returns a model that generates, saves and trains as any other; the given one lends it its modules.
     """
-    made = make(method, options)
     values = model.config.to_dict()  # type: ignore[union-attr, operator]
     if values.get("linearize"):
         raise UnsupportedError("this model is already linearized", type(model).__name__, "pass the original model")
     known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
-    plan = plan_for(known, made, method, layers, options or {}, start)
-    new, _ = convert_in_memory(model, plan, made, calibration, seed, progress)
+    plan = plan_for(known, method, layers, options or {}, start)
+    new, _ = convert_in_memory(model, plan, calibration, seed, progress)
     return new
 
 
-def convert_in_memory(
-    model: nn.Module, plan: Plan, method: Method, ids: Tensor | None, seed: int, progress: Progress
-) -> tuple[Any, list[float]]:
+def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: int, progress: Progress) -> tuple[Any, list[float]]:
     """Attach the plan's mixers to the model and start them on ids (B, T); returns it and each layer's relative error."""
     architecture({**plan.source.config}, plan.source.id)
     training = model.training
@@ -126,11 +125,11 @@ def convert_in_memory(
             ids = own_text(model.eval())
         new = attach(model.eval(), plan.config_field())
 
-        def begin(mixer: Mixer, calibration: Calibration) -> None:
+        def begin(index: int, mixer: Mixer, calibration: Calibration) -> None:
             if mixer.spec.has_far:
-                method.initialise(mixer, calibration, plan.start)
+                plan.parts[index].method.initialise(mixer, calibration)
 
-        total = len(plan.layers)
+        total = len(plan.parts)
         errors = calibrate(
             new, ids.to(next(model.parameters()).device), begin,
             lambda done, error: progress("calibrate", done, total, relative_error=round(error, 4)),
@@ -175,14 +174,14 @@ def convert(
     progress: Progress = silent,
 ) -> Converted:
     """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked."""
-    made = make(method, options)
+    layout(method, options, start)
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
     if calibration is not None:
         text.documents(str(calibration))  # a bad file is said before the model is loaded
     source = resolve(model, revision, trust_remote_code)
-    plan = plan_for(source, made, method, layers, options or {}, start)
-    target = output or Path(f"{source.name}-{method}")
+    plan = plan_for(source, method, layers, options or {}, start)
+    target = output or Path(f"{source.name}-{file_name(method)}")
     check_target(target, overwrite, source.path)
     where = pick_device(device)
     stored = (
@@ -193,11 +192,16 @@ def convert(
     progress("load", 1, 1)
     check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
     ids = calibration_ids(tokenizer, calibration)
-    new, errors = convert_in_memory(loaded.to(where).eval(), plan, made, ids, seed, progress)
+    new, errors = convert_in_memory(loaded.to(where).eval(), plan, ids, seed, progress)
     progress("save", 0, 1)
     save(new, tokenizer, target, overwrite=overwrite)
     progress("save", 1, 1)
     return Converted(target, plan, errors)
+
+
+def file_name(method: str) -> str:
+    """A method or pattern as part of a folder's name."""
+    return re.sub(r"[^a-zA-Z0-9.-]+", "-", method.replace("*", "x")).strip("-")
 
 
 def save(

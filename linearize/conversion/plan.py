@@ -1,4 +1,4 @@
-"""The plan: what changes in each layer and what it costs, as pure data made from a config. Torch-free."""
+"""The plan: what changes in each layer and what it costs, as pure data made from a config. Only counting parameters needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from linearize import __version__
 from linearize.conversion.architectures import Architecture, architecture
 from linearize.conversion.selection import select_layers
 from linearize.conversion.sources import Source, resolve
-from linearize.methods import DEFAULT, Method, make
+from linearize.errors import InputError
+from linearize.methods import DEFAULT
+from linearize.methods.layout import Place, layout
 from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
 
 KV_LENGTHS = (4096, 32768)
@@ -19,15 +21,14 @@ KV_DTYPE_BYTES = 2  # a softmax cache is usually kept in 16 bits; the state is c
 
 @dataclass(frozen=True)
 class Plan:
-    """Method and options, the layers converted, and where the weights come from."""
+    """Method and options, what each converted layer becomes, and where the weights come from."""
 
     source: Source
     architecture: Architecture
     method: str
     options: Mapping[str, Any]
     start: str
-    layers: tuple[int, ...]
-    spec: MixerSpec
+    parts: Mapping[int, Place]
     shape: Shape
 
     @property
@@ -37,16 +38,12 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state over all converted layers, activations in fp32."""
-        return len(self.layers) * self.spec.state_bytes(self.shape)
+        return sum(part.mixer.state_bytes(self.shape) for part in self.parts.values())
 
     def kv_bytes(self, tokens: int, layers: int | None = None) -> int:
         """Bytes of the softmax cache of `tokens` tokens in 16 bits."""
         count = self.total if layers is None else layers
         return count * tokens * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim) * KV_DTYPE_BYTES
-
-    def parameters(self) -> int:
-        """New parameters of one layer."""
-        return count_parameters(self.spec, self.shape)
 
     def config_field(self) -> dict[str, Any]:
         """`config.linearize` of the checkpoint."""
@@ -56,16 +53,17 @@ class Plan:
             "method": self.method,
             "options": dict(self.options),
             "start": self.start,
-            "softmax_layers": self.total - len(self.layers),
+            "softmax_layers": self.total - len(self.parts),
             "layers": [
                 {
                     "index": i,
                     "module": self.architecture.attention.format(i),
                     "cache": self.architecture.cache,
-                    "mixer": self.spec.to_dict(),
+                    "method": part.name,
+                    "mixer": part.mixer.to_dict(),
                     "shape": asdict(self.shape),
                 }
-                for i in self.layers
+                for i, part in sorted(self.parts.items())
             ],
             "source": self.source.provenance(),
             "stages": [],
@@ -73,49 +71,50 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The table, for people and machines."""
-        each, added = self.spec.state_bytes(self.shape), self.parameters()
-        chosen = set(self.layers)
-        rows = [
-            {
-                "index": i,
-                "module": self.architecture.attention.format(i),
-                "was": "softmax",
-                "becomes": self.method if i in chosen else "kept",
-                "parameters": added if i in chosen else 0,
-                "state_bytes": each if i in chosen else None,
-            }
-            for i in range(self.total)
-        ]
+        added = {part.mixer: count_parameters(part.mixer, self.shape) for part in self.parts.values()}
+        rows = [self._row(i, self.parts.get(i), added) for i in range(self.total)]
+        chosen = len(self.parts)
         return {
             "source": self.source.provenance(), "method": self.method, "start": self.start, "options": dict(self.options),
-            "mixer": self.spec.to_dict(), "architecture": self.architecture.model_type, "layers": rows,
-            "converted": len(chosen), "kept": self.total - len(chosen), "parameters_added": added * len(chosen),
+            "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
+            "architecture": self.architecture.model_type, "layers": rows,
+            "converted": chosen, "kept": self.total - chosen,
+            "parameters_added": sum(row["parameters"] for row in rows),
             "state_bytes": self.state_bytes,
             "kv_bytes": {str(n): self.kv_bytes(n) for n in KV_LENGTHS},
-            "kv_bytes_saved": {str(n): self.kv_bytes(n, len(chosen)) - self.state_bytes for n in KV_LENGTHS},
+            "kv_bytes_saved": {str(n): self.kv_bytes(n, chosen) - self.state_bytes for n in KV_LENGTHS},
         }  # fmt: skip
+
+    def _row(self, index: int, part: Place | None, added: Mapping[MixerSpec, int]) -> dict[str, Any]:
+        return {
+            "index": index,
+            "module": self.architecture.attention.format(index),
+            "was": "softmax",
+            "becomes": part.name if part else "kept",
+            "parameters": added[part.mixer] if part else 0,
+            "state_bytes": part.mixer.state_bytes(self.shape) if part else None,
+        }
 
 
 def count_parameters(spec: MixerSpec, shape: Shape) -> int:
-    """Parameters that one mixer adds, from its spec alone."""
-    if not spec.has_far:
-        return 0
-    memories, total = spec.memories(shape), 0
-    if spec.feature_map == "hedgehog":
-        each = shape.head_dim * (spec.feature_dim or shape.head_dim)
-        total += memories * each + (0 if spec.tied_maps else shape.heads * each)
-    if spec.decay in ("head", "channel"):
-        outputs = memories * spec.gate_width(shape)
-        total += outputs + outputs * (spec.gate_rank or shape.hidden_size) + spec.gate_rank * shape.hidden_size
-    if spec.far_mass in ("head", "query"):
-        total += shape.heads * (1 if spec.far_mass == "head" else shape.head_dim + 2)
-    return total + spec.conv * (shape.heads + shape.kv_heads) * shape.head_dim
+    """Parameters that one mixer adds, counted on a mixer that holds no memory."""
+    import torch
+
+    from linearize.modeling.mixer import Mixer
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Mixer(spec, shape).parameters())
 
 
-def plan_for(source: Source, method: Method, name: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
+def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
+    """The plan for a known source; an error says which layer, option or method is wrong."""
     family = architecture(source.config, source.id)
-    chosen = tuple(select_layers(layers, family, source.config))
-    return Plan(source, family, name, dict(options), start, chosen, method.mixer(), family.shape(source.config))
+    places = layout(method, options, start)
+    chosen = select_layers(layers, family, source.config)
+    parts = {layer: place for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None}
+    if not parts:
+        raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
+    return Plan(source, family, method, dict(options), start, parts, family.shape(source.config))
 
 
 def make_plan(
@@ -129,6 +128,5 @@ def make_plan(
     trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a conversion from MODEL's config alone: nothing is loaded, at most config.json is fetched."""
-    made = make(method, options)
-    source = resolve(model, revision, trust_remote_code)
-    return plan_for(source, made, method, layers, options or {}, start)
+    layout(method, options, start)  # a wrong method or option is said before anything is looked for
+    return plan_for(resolve(model, revision, trust_remote_code), method, layers, options or {}, start)

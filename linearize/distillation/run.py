@@ -20,8 +20,8 @@ from linearize.distillation.stages import AttentionTransfer, LogitDistillation, 
 from linearize.distillation.state import latest_state
 from linearize.errors import InputError, UsageError
 from linearize.loading import load
-from linearize.methods import get
 from linearize.methods.base import Stage
+from linearize.methods.layout import stages_of
 from linearize.opening import check
 from linearize.progress import Progress, silent
 
@@ -90,9 +90,10 @@ class Trained:
 
 def stages_for(plan: Mapping[str, Any], wanted: str, tokens: int | None) -> list[Stage]:
     """The method's stages of that kind, with the budget that was asked for."""
-    own = [s for s in get(plan["method"]).stages if wanted in ("all", s.kind)]
+    every = stages_of(plan["method"])
+    own = [s for s in every if wanted in ("all", s.kind)]
     if not own:
-        kinds = ", ".join(s.kind for s in get(plan["method"]).stages)
+        kinds = ", ".join(s.kind for s in every)
         raise UsageError(f"method {plan['method']} has no stage '{wanted}'", "--stage", f"its stages: {kinds}")
     return [replace(s, tokens=tokens) if tokens else s for s in own]
 

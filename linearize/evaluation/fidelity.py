@@ -62,28 +62,32 @@ def window_alone(spec: MixerSpec, window: int = 0) -> MixerSpec:
     )  # fmt: skip
 
 
-def window_for(spec: MixerSpec, shape: Shape) -> int:
-    """The sliding window whose state takes as many bytes as the whole state of `spec`."""
+def window_for(spec: MixerSpec, shape: Shape, budget: int) -> int:
+    """The sliding window whose state takes `budget` bytes a layer, for the sinks of `spec`."""
     token = window_alone(spec, 2).state_bytes(shape) - window_alone(spec, 1).state_bytes(shape)
     fixed = window_alone(spec, 1).state_bytes(shape) - token
-    return max((spec.state_bytes(shape) - fixed) // token, 1)
+    return max((budget - fixed) // token, 1)
 
 
 def variants_of(model: Any, host: Any) -> list[Variant]:
     """Teacher first (where there is one), then the student, its halves, and the windows alone."""
-    mixer = attentions(model)[0].linearize
-    spec, shape, layers = mixer.spec, mixer.shape, len(attentions(model))
+    mixers = [attention.linearize for attention in attentions(model)]
+    shape, layers = mixers[0].shape, len(mixers)
+    spec = next((m.spec for m in mixers if m.spec.has_near), mixers[0].spec)  # in a hybrid, of a layer with a window
+    total = sum(m.spec.state_bytes(shape) for m in mixers)
     found = [Variant("teacher", host, lambda: mode(host, "teacher"))] if host is not None else []
-    found.append(Variant("student", model, state_bytes=layers * spec.state_bytes(shape)))
-    if spec.has_near and spec.has_far:
+    found.append(Variant("student", model, state_bytes=total))
+    if spec.has_near and any(m.spec.has_far for m in mixers):
         found.append(Variant("student, far memory off", model, lambda: ablated(model, "far")))
         found.append(Variant("student, window off", model, lambda: ablated(model, "near")))
+    if any(m.spec.slots for m in mixers):
+        found.append(Variant("student, slots off", model, lambda: ablated(model, "slots")))
     if host is not None:
-        for window in sorted({window_alone(spec).window, window_for(spec, shape)}):
+        for window in sorted({window_alone(spec).window, window_for(spec, shape, total // layers)}):
             alone = window_alone(spec, 0 if window == window_alone(spec).window else window)
             name = f"window {alone.window} + {alone.sinks} sinks alone"
             context = (lambda bare: lambda: replaced(host, bare))(alone)
-            own = host is model and spec.has_far and alone == window_alone(spec) and alone.near_only() == spec.near_only()
+            own = host is model and spec.has_far and all(m.spec.near_only() == alone and not m.spec.slots for m in mixers)
             same_as = "student, far memory off" if own else None  # the weights are the teacher's until a merge
             found.append(Variant(name, host, context, layers * alone.state_bytes(shape), same_as))
     return found

@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from linearize.errors import InputError, UsageError
-from linearize.methods.base import Method, parse_options
+from linearize.methods.base import CALIBRATED, Method, parse_options
 
 DEFAULT = "default"
-_NOT_METHODS = {"base", "calibration", "starts"}
+_NOT_METHODS = {"base", "calibration", "families", "layout", "moments", "starts"}
 
 
 def names() -> list[str]:
@@ -23,6 +23,11 @@ def names() -> list[str]:
     own = sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_METHODS)
     own.sort(key=lambda name: name != DEFAULT)
     return own + sorted(point.name for point in entry_points(group="linearize.methods") if point.name not in own)
+
+
+def single_names() -> list[str]:
+    """Those that are one mixer, not a pattern of several over the layers."""
+    return [name for name in names() if not get(name).pattern]
 
 
 def get(name: str) -> type[Method]:
@@ -39,10 +44,10 @@ def get(name: str) -> type[Method]:
     )
 
 
-def make(name: str, options: Mapping[str, object] | None = None) -> Method:
-    """The method with its options; InputError on an unknown key, a wrong type or an illegal point."""
-    method = parse_options(get(name), options or {})
-    problems = method.mixer().problems()
+def make(name: str, options: Mapping[str, object] | None = None, start: str = CALIBRATED) -> Method:
+    """The method with its options and start; InputError on an unknown key, a wrong type or an illegal point."""
+    method = parse_options(get(name), options or {}, start)
+    problems = method.point().problems()
     if problems:
         raise InputError(problems[0], f"method {name}", f"see the options: linearize methods {name}")
     return method

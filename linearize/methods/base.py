@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from linearize.errors import InputError
-from linearize.modeling.spec import MixerSpec
+from linearize.modeling.spec import CHOICES, MixerSpec
 
 if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
     from linearize.modeling.mixer import Mixer
+
+CALIBRATED, PUBLISHED = STARTS = ("calibrated", "published")
+SINKS = 4
+AXES: dict[str, str] = {
+    "window": "exact recent tokens; 0 is none",
+    "window_kind": "sliding, or terraced (own block and the one before)",
+    "sinks": "exact first tokens",
+    "slots": "exact places for tokens that left the window",
+    "slot_score": "which tokens get them: attention, recall, product or norm",
+    "share_kv": "one memory for each kv head: a state H/G times smaller",
+    "far_rope": "queries and keys of the memory keep RoPE",
+    "conv": "taps of a causal convolution on q and k of the memory; 0 is none",
+    "norm": "of the memory's output, a head: none, rms or group",
+    "out_gate": "on the memory's output: none, silu or sigmoid",
+    "decay": "none, fixed, key, head, channel or complex",
+    "negative": "delta rates up to 2: negative eigenvalues",
+    "experts": "routed memories beside a shared one; 0 is none",
+    "active": "routed memories for each token",
+    "state_dtype": "storage of the memory: float32 or bfloat16",
+}
+_AXIS_TYPES = {f.name: str(f.type) for f in fields(MixerSpec)}
 
 
 @dataclass(frozen=True)
@@ -37,18 +58,49 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. A subclass's file name is its name; its first docstring line is its title."""
+    """Base of all methods. A subclass's file name is its name; its first docstring line is its title.
+
+    Its fields are its own options; the axes of the mixer space that any method can be moved along (`AXES`) are options of all.
+    """
 
     paper: ClassVar[str] = ""
+    limits: ClassVar[str] = ""
+    pattern: ClassVar[tuple[str, ...]] = ()  # of a hybrid: which method, or softmax, each layer in turn becomes
     stages: ClassVar[tuple[Stage, ...]] = (Stage("attention", 1_000_000, 1e-2), Stage("lora", 1_000_000, 1e-4))
 
-    state_dtype: str = option("float32", "storage of the memory: float32 or bfloat16")
+    start: str = field(default=CALIBRATED, kw_only=True)
+    axes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     def mixer(self) -> MixerSpec:
+        """The point as published."""
         raise NotImplementedError
 
-    def initialise(self, mixer: Mixer, calibration: Calibration, start: str) -> None:
-        """Fill new parameters of one layer; `start` is 'calibrated' (fitted to the teacher) or 'published' (as the paper does)."""
+    def calibrated(self, spec: MixerSpec) -> MixerSpec:
+        """The point with what a calibrated start needs: sinks beside a window, weights of a sum that can be fitted, and no SiLU
+        after a convolution, which at its identity is far from the teacher."""
+        spec = replace(spec, conv_silu=False)
+        if spec.has_near:
+            spec = replace(spec, sinks=max(spec.sinks, SINKS), learned_weights=spec.merge == "sum")
+        return spec
+
+    def point(self) -> MixerSpec:
+        """The mixer that these options and this start give."""
+        spec = self.mixer()
+        if self.start == CALIBRATED:
+            spec = self.calibrated(spec)
+        return moved(spec, self.axes)
+
+    def initialise(self, mixer: Mixer, calibration: Calibration) -> None:
+        """Fill new parameters of one layer: fitted to the teacher, or as the paper does."""
+        from linearize.methods import starts
+
+        if self.start == CALIBRATED:
+            starts.calibrate(mixer, calibration)
+        else:
+            self.published(mixer, calibration)
+
+    def published(self, mixer: Mixer, calibration: Calibration) -> None:
+        """The paper's own start, where it is not the one that parameters are made with."""
 
     @classmethod
     def title(cls) -> str:
@@ -56,8 +108,41 @@ class Method:
 
     @classmethod
     def options(cls) -> list[dict[str, Any]]:
-        """Key, type, default and help of each option."""
-        return [{"key": f.name, "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in fields(cls)]
+        """Key, type, default and help of each option: the method's own, then the axes with the values that this method has."""
+        own = [f for f in fields(cls) if f.name not in ("start", "axes")]
+        found = [{"key": f.name, "type": str(f.type), "default": f.default, "help": f.metadata.get("help", "")} for f in own]
+        spec, taken = cls().point(), {f.name for f in own}
+        axes = {key: help for key, help in AXES.items() if key not in taken}
+        return found + [
+            {"key": key, "type": _AXIS_TYPES[key], "default": getattr(spec, key), "help": help} for key, help in axes.items()
+        ]
+
+
+def moved(spec: MixerSpec, axes: Mapping[str, Any]) -> MixerSpec:
+    """The point moved along some axes, with the merge that a near half needs where it gains or loses one."""
+    new = replace(spec, **axes)
+    if new.decay not in ("head", "channel", "complex"):
+        new = replace(new, gate_form="sigmoid", gate_rank=0)
+    if new.decay == "none" and new.gate_key != "none":
+        new = replace(new, gate_key="none")
+    if not new.experts:
+        new = replace(new, active=0)
+    elif not new.active:
+        new = replace(new, active=min(2, new.experts))
+    near = bool(new.window or new.sinks or new.slots)
+    if not spec.has_near and near:
+        kind = {"merge": "denominator", "far_mass": "query"} if new.norm == "none" and new.out_gate == "none" else _sum(spec)
+        new = replace(new, coverage="older", window=max(new.window, 1), **kind)
+    if spec.has_near and spec.has_far and not new.window:
+        new = replace(
+            new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", null_logits=0,
+            far_mass="none", learned_weights=False, far_weight=None,
+        )  # fmt: skip
+    return replace(new, **{key: value for key, value in axes.items() if key in ("merge", "coverage", "far_mass")})
+
+
+def _sum(spec: MixerSpec) -> dict[str, Any]:
+    return {"merge": "sum", "near_weight": 1.0, "far_weight": 1.0, "learned_weights": True}
 
 
 M = TypeVar("M", bound=Method)
@@ -69,19 +154,23 @@ _READ: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def parse_options(method: type[M], options: Mapping[str, Any]) -> M:
+def parse_options(method: type[M], options: Mapping[str, Any], start: str = CALIBRATED) -> M:
     """Make a method of options given as text or values; InputError names the first bad one and the nearest key."""
-    types = {f.name: str(f.type) for f in fields(method)}
+    own = {f.name: str(f.type) for f in fields(method) if f.name not in ("start", "axes")}
+    types = {**{key: _AXIS_TYPES[key] for key in AXES}, **own}
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in types:
             close = get_close_matches(key, types, n=1)
             raise InputError(
                 f"unknown option '{key}'", "--set",
-                f"did you mean '{close[0]}'?" if close else f"options are: {', '.join(types) or 'none'}",
+                f"did you mean '{close[0]}'?" if close else f"options are: {', '.join(types)}",
             )  # fmt: skip
         try:
             values[key] = value if type(value).__name__ == types[key] else _READ[types[key]](value)
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{key} must be {types[key]}, got '{value}'", "--set", f"--set {key}=VALUE") from None
-    return method(**values)
+        if key in CHOICES and values[key] not in CHOICES[key]:
+            raise InputError(f"{key} must be one of {', '.join(CHOICES[key])}, got '{value}'", "--set", f"--set {key}=VALUE")
+    axes = {key: value for key, value in values.items() if key not in own}
+    return method(**{key: value for key, value in values.items() if key in own}, start=start, axes=axes)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from linearize.modeling.mixer import Inputs
-from linearize.modeling.spec import MixerSpec
-from linearize.modeling.window import visible
 
 ROW_BLOCK = 256
 
@@ -21,7 +19,7 @@ class Calibration:
 
     inputs: Inputs
     target: Tensor
-    _masses: dict[MixerSpec, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at later keys."""
@@ -34,29 +32,21 @@ class Calibration:
             scores = self.inputs.score(q[:, :, block], k)
             yield block, scores.masked_fill(keys > keys[block, None], -torch.inf)
 
-    def far_log_mass(self, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-        """log sum exp of the teacher's scores over far keys, and over all keys: (B, H, T) each; computed once."""
-        if spec not in self._masses:
-            self._masses[spec] = self._far_log_mass(spec)
-        return self._masses[spec]
-
-    def _far_log_mass(self, spec: MixerSpec) -> tuple[Tensor, Tensor]:
-        far, every = [], []
-        time = self.inputs.q.shape[2]
-        keys = torch.arange(time, device=self.inputs.q.device)
-        for block, scores in self.rows():
-            near = visible(spec, keys[block, None], keys) | (keys < spec.sinks)
-            every.append(scores.logsumexp(-1))
-            far.append(scores.masked_fill(near, -torch.inf).logsumexp(-1))
-        return torch.cat(far, dim=-1), torch.cat(every, dim=-1)
+    def log_mass(self) -> Tensor:
+        """log sum exp of the teacher's scores over all keys of each query: (B, H, T); computed once."""
+        if "log_mass" not in self._kept:
+            self._kept["log_mass"] = torch.cat([scores.logsumexp(-1) for _, scores in self.rows()], dim=-1)
+        return self._kept["log_mass"]
 
     def mean_distance(self) -> Tensor:
-        """Mean attention distance of each head (H,): sum_i A_ti (t - i), averaged over t."""
-        time = self.inputs.q.shape[2]
-        keys = torch.arange(time, device=self.inputs.q.device, dtype=torch.float32)
-        total = sum((scores.softmax(-1) * (keys[block, None] - keys)).sum((0, 2, 3)) for block, scores in self.rows())
-        assert isinstance(total, Tensor)
-        return total / (time * self.inputs.q.shape[0])
+        """Mean attention distance of each head (H,): sum_i A_ti (t - i), averaged over t; computed once."""
+        if "mean_distance" not in self._kept:
+            time = self.inputs.q.shape[2]
+            keys = torch.arange(time, device=self.inputs.q.device, dtype=torch.float32)
+            total = sum((scores.softmax(-1) * (keys[block, None] - keys)).sum((0, 2, 3)) for block, scores in self.rows())
+            assert isinstance(total, Tensor)
+            self._kept["mean_distance"] = total / (time * self.inputs.q.shape[0])
+        return self._kept["mean_distance"]
 
 
 def relative_error(output: Tensor, target: Tensor, start: int = 0) -> Tensor:

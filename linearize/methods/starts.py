@@ -8,14 +8,26 @@ import torch
 from torch import Tensor
 
 from linearize.methods.calibration import Calibration, relative_error
-from linearize.modeling.feature_maps_basic import Hedgehog
-from linearize.modeling.gates import HiddenGate
-from linearize.modeling.mixer import Mixer
+from linearize.modeling.feature_maps_hedgehog import Hedgehog
+from linearize.modeling.feature_maps_learned import T2R, Feedforward
+from linearize.modeling.gates import FixedGate, HiddenGate, Projection
+from linearize.modeling.mixer import Halves, Mixer
 
 SCALES = (1.0, 2.0, 4.0)
 SHIFTS = (0.0, -0.5, -1.0, -2.0, -3.0, -5.0, -8.0)
 RIDGE = 1e-3
 MIN_DISTANCE = 0.5
+OUTPUT_RIDGES = (0.01, 0.1, 1.0, 10.0)
+RIDGE_BLOCK = 64
+SHARE_OPEN = 0.98
+
+
+def calibrate(mixer: Mixer, calibration: Calibration) -> None:
+    """Start a mixer as near to the teacher as its parameters allow: decays, maps, output, merge, in that order."""
+    fit_decay(mixer, calibration)
+    scale_maps(mixer, calibration)
+    fit_output(mixer, calibration)
+    fit_merge(mixer, calibration)
 
 
 def constant_far_mass(mixer: Mixer, log_mass: float) -> None:
@@ -24,39 +36,73 @@ def constant_far_mass(mixer: Mixer, log_mass: float) -> None:
         mixer.far_mass.bias.data.fill_(log_mass)
 
 
-def fit_far_mass(mixer: Mixer, calibration: Calibration) -> Tensor | None:
-    """The teacher's far mass by least squares, then the shift of each head that gives the least output error: (H,), or None.
+def fit_merge(mixer: Mixer, calibration: Calibration) -> Tensor | None:
+    """The merge that gives the least output error a head: (H,), or None where there is nothing to fit."""
+    if not mixer.spec.has_near:
+        return None
+    halves = mixer.halves(calibration.inputs)
+    if halves.near is None or halves.far is None:
+        return None
+    if mixer.far_mass is not None:
+        return fit_far_mass(mixer, halves, calibration)
+    near, far, target = halves.near.output(), halves.far, calibration.target.transpose(1, 2).to(halves.far.dtype)
+    if mixer.merge.weights is not None:
+        mixer.merge.weights.data.copy_(two_weights(near, far, target).float())
+    elif mixer.merge.gate is not None:
+        gap = near - far
+        share = ((target - far) * gap).sum((0, 2, 3)) / gap.square().sum((0, 2, 3)).clamp(min=1e-12)
+        mixer.merge.gate.bias.data.copy_(torch.logit(share.clamp(0.02, 0.98)))
+    return error_of(mixer, halves, calibration)
 
-    a_t = log sum_far e^s - log phi(q_t) z_t, weighted by p (1 - p) with p the teacher's far share: the derivative of p by its
-    log odds. A memory that reads the wrong mean should weigh less than the teacher's, down to nothing at all.
+
+def error_of(mixer: Mixer, halves: Halves, calibration: Calibration) -> Tensor:
+    return relative_error(mixer.combine(halves).transpose(1, 2), calibration.target)
+
+
+def two_weights(near: Tensor, far: Tensor, target: Tensor) -> Tensor:
+    """a, b (2, H) with the least |a near + b far - target|^2 over a head's tokens, tensors (B, H, T, V)."""
+    columns = torch.stack([near, far], dim=-1).transpose(0, 1).flatten(1, 3).double()
+    gram = columns.transpose(1, 2) @ columns
+    size = gram.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
+    gram = gram + 1e-6 * size * torch.eye(2, dtype=gram.dtype, device=gram.device)
+    right = columns.transpose(1, 2) @ target.transpose(0, 1).flatten(1, 3).double()[..., None]
+    solution: Tensor = torch.linalg.solve(gram, right)
+    return solution[..., 0].T
+
+
+def fit_far_mass(mixer: Mixer, halves: Halves, calibration: Calibration) -> Tensor:
+    """The teacher's far mass by least squares, then the shift of each head that gives the least output error: (H,).
+
+    a_t = log (sum_all e^s - near mass) - log mass_t, weighted by p (1 - p) with p the teacher's far share: the derivative of p by
+    its log odds. A memory that reads the wrong mean should weigh less than the teacher's, down to nothing at all.
     """
-    mass = mixer.far_mass
-    if mass is None or mass.kind == "none":
-        return None
-    near, read, far_q = mixer.halves(calibration.inputs)
-    if near is None or read is None:
-        return None
-    far, every = calibration.far_log_mass(mixer.spec)
-    share = (far - every).exp()
-    usable = torch.isfinite(far) & (read[..., -1] > 0)
+    mass, near, far_q = mixer.far_mass, halves.near, halves.stream.far_q
+    assert mass is not None
+    assert near is not None
+    assert halves.mass is not None
+    every = calibration.log_mass()
+    share = -torch.expm1((near.top + near.denominator.log() - every).clamp(max=0.0))
+    usable = (share > 1e-6) & (halves.mass > 0)
     weight = torch.where(usable, share * (1 - share) + 1e-4, 0.0)
-    target = torch.where(usable, far - read[..., -1].clamp(min=1e-30).log(), 0.0)
+    own = halves.mass.clamp(min=1e-30).log()
+    target = torch.where(usable, every + share.clamp(min=1e-6).log() - own, 0.0)
     if mass.kind == "head":
         gap = weight * (target - near.top)
         mass.bias.data.copy_(gap.sum((0, 2)) / weight.sum((0, 2)).clamp(min=1e-6))
-    else:
-        ones = torch.ones_like(near.top)[..., None]
-        columns = torch.cat([far_q, near.top[..., None], ones], dim=-1)  # (B, H, T, D + 2)
+    elif mass.kind == "query":
+        columns = torch.cat([far_q, near.top[..., None], torch.ones_like(near.top)[..., None]], dim=-1)  # (B, H, T, D + 2)
         solution = weighted_least_squares(columns, target, weight)
         dim = far_q.shape[-1]
         mass.query.data.copy_(solution[:, :dim])
         mass.near.data.copy_(solution[:, dim])
         mass.bias.data.copy_(solution[:, dim + 1])
+    else:
+        return error_of(mixer, halves, calibration)
     fitted, best = mass.bias.data.clone(), torch.full_like(mass.bias.data, math.inf)
     chosen = fitted.clone()
     for shift in SHIFTS:
         mass.bias.data.copy_(fitted + shift)
-        errors = relative_error(mixer.merge(near, read, far_q).transpose(1, 2), calibration.target)
+        errors = error_of(mixer, halves, calibration)
         chosen = torch.where(errors < best, mass.bias.data, chosen)
         best = torch.minimum(errors, best)
     mass.bias.data.copy_(chosen)
@@ -71,11 +117,56 @@ def weighted_least_squares(columns: Tensor, target: Tensor, weight: Tensor) -> T
     scale = gram.diagonal(dim1=1, dim2=2).mean(-1)
     penalty = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
     penalty[-1] = 0.0
-    gram = (
-        gram + torch.diag(penalty)[None] * (RIDGE * scale[:, None, None] + 1e-9) + 1e-12 * torch.eye(x.shape[-1], device=x.device)
-    )
+    floor = 1e-12 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    gram = gram + torch.diag(penalty)[None] * (RIDGE * scale[:, None, None] + 1e-9) + floor
     solution: Tensor = torch.linalg.solve(gram, (x * (w * y)[..., None]).sum(1)[..., None])
     return solution[..., 0].float()
+
+
+def fit_output(mixer: Mixer, calibration: Calibration) -> None:
+    """Map, norm weight or sigmoid gate of the output, whichever stands last: least squares on what near leaves over."""
+    output = mixer.output
+    gated = output.gate is not None and output.activation == "sigmoid"
+    if output.map is None and output.weight is None and not gated:
+        return
+    halves, target = mixer.halves(calibration.inputs), calibration.target.transpose(1, 2)
+    if halves.near is not None and mixer.spec.merge == "sum":
+        target = target - mixer.merge.constants[0] * halves.near.output()
+    assert halves.far is not None
+    far, goal = (x.transpose(0, 1).flatten(1, 2).double() for x in (halves.far, target))  # (H, N, V)
+    if output.map is not None:
+        output.map.data.copy_((output.map.data.double() @ held_out_ridge(far, goal)).float())
+        return
+    factor = (far * goal).sum(1) / far.square().sum(1).clamp(min=1e-12)
+    if output.weight is not None:
+        output.weight.data.mul_(factor.float())
+    else:  # without a norm the gate alone can bring the memory to the teacher's size
+        assert output.gate is not None
+        bias = output.gate.bias.data.view(factor.shape)
+        bias.copy_(torch.logit((factor * bias.sigmoid()).clamp(0.01, SHARE_OPEN)))
+
+
+def held_out_ridge(x: Tensor, y: Tensor) -> Tensor:
+    """W (H, V, V) of x W = y, x and y (H, N, V), with the ridge a head whose fit to one half of the blocks serves the other best.
+
+    Where none does, W = 0: thousands of values fitted to a thousand tokens can do more harm than good.
+    """
+    block = torch.arange(x.shape[1], device=x.device) // RIDGE_BLOCK % 2 == 0
+    best = y[:, ~block].square().sum((1, 2))
+    chosen = torch.zeros(x.shape[0], x.shape[2], y.shape[2], dtype=x.dtype, device=x.device)
+    for ridge in OUTPUT_RIDGES:
+        error = (x[:, ~block] @ ridge_map(x[:, block], y[:, block], ridge) - y[:, ~block]).square().sum((1, 2))
+        chosen = torch.where((error < best)[:, None, None], ridge_map(x, y, ridge), chosen)
+        best = torch.minimum(error, best)
+    return chosen
+
+
+def ridge_map(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    gram = x.transpose(1, 2) @ x
+    size = gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None].clamp(min=1e-12)
+    gram = gram + ridge * size * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    solution: Tensor = torch.linalg.solve(gram, x.transpose(1, 2) @ y)
+    return solution
 
 
 def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
@@ -90,7 +181,7 @@ def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
     for scale in SCALES:
         for m, eye in zip(maps, identity, strict=True):
             m.weight.data.copy_(eye * scale)
-        errors = fit_far_mass(mixer, calibration)
+        errors = fit_merge(mixer, calibration)
         if errors is None:
             errors = relative_error(mixer(calibration.inputs)[0], calibration.target)
         errors = errors.view(mixer.memories, -1).mean(1).repeat_interleave(mixer.readers)
@@ -101,11 +192,82 @@ def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
 
 
 def fit_decay(mixer: Mixer, calibration: Calibration) -> None:
-    """Constant gates whose half-life is the teacher's mean attention distance: log alpha = -ln 2 / distance."""
+    """Constant decays whose half-life is the teacher's mean attention distance: log alpha = -ln 2 / distance."""
     gate = mixer.gate
-    if not isinstance(gate, HiddenGate):
+    if not isinstance(gate, HiddenGate | FixedGate):
         return
     distance = calibration.mean_distance().clamp(min=MIN_DISTANCE).view(mixer.memories, -1).amax(1)
-    log_alpha = -math.log(2) / distance * gate.divisor  # = log sigmoid(bias)
-    bias = log_alpha - torch.log(-torch.expm1(log_alpha))
-    gate.bias.data.copy_(bias.clamp(-12, 12).repeat_interleave(gate.width))
+    log_alpha = -math.log(2) / distance
+    if isinstance(gate, FixedGate):
+        gate.log_decay.copy_(log_alpha)
+        return
+    bias = {"sigmoid": _logit_of_log(log_alpha * gate.divisor), "softplus": inverse_softplus(-log_alpha)}.get(gate.form)
+    if bias is None:  # rwkv: log alpha = -e^-1/2 sigmoid(bias)
+        bias = torch.logit((-log_alpha * math.exp(0.5)).clamp(1e-5, 0.999))
+    if gate.a_log is not None:
+        gate.a_log.data.zero_()
+    own = gate.bias.data.view(gate.heads, 2 if gate.complex else 1, -1)
+    bias = bias[:, None].expand_as(own[:, 0])
+    if mixer.spec.rule == "slots":  # half-lives from 1/16 to 16 times that: slots that start equal stay equal in training
+        factor = torch.exp2(torch.linspace(4, -4, bias.shape[1], device=bias.device))
+        bias = _logit_of_log(torch.nn.functional.logsigmoid(bias) * factor)
+    own[:, 0] = bias.clamp(-12, 12)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
+
+
+def _logit_of_log(log_sigmoid: Tensor) -> Tensor:
+    """The logit whose log-sigmoid is given."""
+    return log_sigmoid - torch.log(-torch.expm1(log_sigmoid))
+
+
+# ---- starts of single papers ----
+
+
+def slopes(mixer: Mixer) -> None:
+    """Constant decays e^(-2^(-8 (h + 1) / H)): ALiBi's slopes (Press et al. 2022, section 3), as TransNormer takes them."""
+    if isinstance(mixer.gate, FixedGate):
+        heads = mixer.gate.log_decay.shape[0]
+        head = torch.arange(1, heads + 1, device=mixer.gate.log_decay.device, dtype=torch.float32)
+        mixer.gate.log_decay.copy_(-torch.exp2(-8 * head / heads))
+
+
+def state_space(mixer: Mixer) -> None:
+    """Mamba-2's decays, spread evenly instead of drawn: A from 1 to 16 over heads, steps from 0.001 to 0.1 over what has one."""
+    gate = mixer.gate
+    if not isinstance(gate, HiddenGate) or gate.a_log is None:
+        return
+    gate.a_log.data.copy_(torch.linspace(1, 16, gate.heads).log())
+    bias = gate.bias.data.view(gate.heads, -1)
+    step = torch.logspace(-3, -1, bias.shape[1] if bias.shape[1] > 1 else gate.heads, device=bias.device)
+    bias.copy_(inverse_softplus(step) if bias.shape[1] > 1 else inverse_softplus(step)[:, None])
+
+
+def random_maps(mixer: Mixer) -> None:
+    """W and b of T2R as torch makes a linear layer: uniform within 1 / sqrt(dim)."""
+    for m in (mixer.map_q, mixer.map_k):
+        if isinstance(m, T2R):
+            m.weight.data.uniform_(-(m.dim**-0.5), m.dim**-0.5)
+            m.bias.data.uniform_(-(m.dim**-0.5), m.dim**-0.5)
+
+
+def orthogonal_maps(mixer: Mixer) -> None:
+    """Both layers of the feed-forward kernel at random orthogonal matrices, a head (Yorsh & Kovalenko 2022)."""
+    for m in (mixer.map_q, mixer.map_k):
+        if isinstance(m, Feedforward):
+            for weight in (*m.hidden.data, *m.weight.data):
+                torch.nn.init.orthogonal_(weight)
+
+
+def random_projections(mixer: Mixer) -> None:
+    """Convolutions and both gates, uniform within 1 / sqrt(inputs) as torch makes them; only Mamba has biases."""
+    for conv in (mixer.conv_q, mixer.conv_k, mixer.conv_v):
+        if conv is not None:
+            conv.weight.data.uniform_(-(conv.weight.shape[0] ** -0.5), conv.weight.shape[0] ** -0.5)
+    for projection in (mixer.gate, mixer.output.gate):
+        if isinstance(projection, Projection):
+            projection.up.data.uniform_(-(projection.up.shape[1] ** -0.5), projection.up.shape[1] ** -0.5)
+            if not (isinstance(projection, HiddenGate) and projection.a_log is not None):
+                projection.bias.data.zero_()

@@ -1,6 +1,11 @@
-"""Log-decays of the far memory, computed when a token arrives and applied when it enters."""
+"""What the far memory computes of a token when it arrives and applies when it enters: log-decay, delta rate, route.
+
+Each is (B, M, T, width) for M memories; see `MixerSpec.arrivals` for the widths.
+"""
 
 from __future__ import annotations
+
+import math
 
 try:
     import torch
@@ -10,20 +15,34 @@ except ImportError as error:
 
 from .spec import MixerSpec, Shape
 
-
-def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
-    """log sigmoid(x) / divisor: the GLA gate (Yang et al. 2024, section 4.4)."""
-    return nn.functional.logsigmoid(x) / divisor
+OPEN = 4.0  # bias that starts a sigmoid gate at alpha = 0.982
 
 
-class Gate(nn.Module):
-    """No decay. Subclasses return log-decays (B, M, T) a head or (B, M, T, K) a channel."""
+class Projection(nn.Module):
+    """y = W x + b of the layer's input, `width` values a head, (B, heads, T, width); W of low rank where `rank` says so.
 
-    def forward(self, hidden: Tensor | None, key: Tensor) -> Tensor | None:
-        return None
+    The last factor starts at zero, so that y = b at first.
+    """
+
+    def __init__(self, hidden: int, heads: int, width: int, rank: int = 0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.down = nn.Parameter(torch.empty(rank, hidden, dtype=torch.float32)) if rank else None
+        self.up = nn.Parameter(torch.zeros(heads * width, rank or hidden, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full((heads * width,), bias, dtype=torch.float32))
+        if self.down is not None:
+            nn.init.orthogonal_(self.down)
+
+    def project(self, hidden: Tensor | None) -> Tensor:
+        if hidden is None:
+            raise ValueError("a data-dependent mixer needs the layer's input")
+        x = hidden if self.down is None else hidden @ self.down.to(hidden.dtype).T
+        y = x @ self.up.to(x.dtype).T + self.bias.to(x.dtype)
+        apart: Tensor = y.unflatten(-1, (self.heads, self.width))
+        return apart.transpose(1, 2)
 
 
-class KeyGate(Gate):
+class KeyGate(nn.Module):
     """alpha = sigmoid(k)^(1/divisor), k before RoPE: no new parameter (Liger, section 3.2)."""
 
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
@@ -32,40 +51,95 @@ class KeyGate(Gate):
         self.repeats = spec.memories(shape) // shape.kv_heads
 
     def forward(self, hidden: Tensor | None, key: Tensor) -> Tensor:
-        return log_sigmoid(key, self.divisor).repeat_interleave(self.repeats, dim=1)
+        return (nn.functional.logsigmoid(key) / self.divisor).repeat_interleave(self.repeats, dim=1)
 
 
-class HiddenGate(Gate):
-    """alpha = sigmoid(W x + b)^(1/divisor) of the layer's input x; W of low rank where `gate_rank` says so."""
+class FixedGate(nn.Module):
+    """One constant a memory; starts as RetNet's 1 - 2^(-5 - h) (Sun et al. 2023, eq. 8)."""
+
+    log_decay: Tensor
 
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         super().__init__()
-        self.memories, self.width = spec.memories(shape), spec.gate_width(shape)
-        self.divisor, self.scalar = spec.gate_divisor, spec.decay == "head"
-        outputs = self.memories * self.width
-        rank = spec.gate_rank
-        self.down = nn.Parameter(torch.empty(rank, shape.hidden_size, dtype=torch.float32)) if rank else None
-        self.up = nn.Parameter(torch.zeros(outputs, rank or shape.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.full((outputs,), 4.0, dtype=torch.float32))
-        if self.down is not None:
-            nn.init.orthogonal_(self.down)
+        head = torch.arange(spec.memories(shape), dtype=torch.float32)
+        self.register_buffer("log_decay", torch.log1p(-torch.exp2(-5 - head)))
+
+    def of(self, key: Tensor) -> Tensor:
+        """(B, M, T, 1) for entering keys (B, M, T, K)."""
+        return self.log_decay.to(key.dtype)[:, None, None].expand(*key.shape[:3], 1)
+
+
+class HiddenGate(Projection):
+    """alpha of the layer's input x, y = W x + b, a memory or a channel:
+
+    sigmoid: log alpha = log sigmoid(y) / divisor (GLA, Yang et al. 2024, section 4.4); softplus: log alpha = -e^A softplus(y)
+    (Mamba-2, Dao & Gu 2024, section 7; Gated DeltaNet); rwkv: log alpha = -e^(-1/2) sigmoid(y) (RWKV-7, Peng et al. 2025, eq. 4).
+    Where the decay is complex, the second half of y are angles (GateLoop, Katsch 2023, eq. 4).
+    """
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        width = spec.arrivals(shape)["gate"]
+        super().__init__(shape.hidden_size, spec.memories(shape), width, spec.gate_rank, bias=OPEN)
+        self.divisor, self.form, self.complex = spec.gate_divisor, spec.gate_form, spec.decay == "complex"
+        self.a_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32)) if self.form == "softplus" else None
+        if self.complex:
+            self.bias.data.view(self.heads, 2, -1)[:, 1] = 0.0
 
     def forward(self, hidden: Tensor | None, key: Tensor) -> Tensor:
-        if hidden is None:
-            raise ValueError("a data-dependent gate needs the layer's input")
-        x = hidden.to(key.dtype)
-        if self.down is not None:
-            x = x @ self.down.to(x.dtype).T
-        logits = x @ self.up.to(x.dtype).T + self.bias.to(x.dtype)
-        batch, time, _ = logits.shape
-        gate = log_sigmoid(logits, self.divisor).view(batch, time, self.memories, self.width).transpose(1, 2)
-        return gate.squeeze(-1) if self.scalar else gate
+        y = self.project(hidden)
+        if not self.complex:
+            return self.log_alpha(y)
+        size, angle = y.chunk(2, dim=-1)
+        return torch.cat([self.log_alpha(size), angle], dim=-1)
+
+    def log_alpha(self, y: Tensor) -> Tensor:
+        if self.form == "softplus":
+            return -self.rate(y) * nn.functional.softplus(y)
+        if self.form == "rwkv":
+            return -math.exp(-0.5) * torch.sigmoid(y)
+        return nn.functional.logsigmoid(y) / self.divisor
+
+    def rate(self, like: Tensor) -> Tensor:
+        assert self.a_log is not None
+        return self.a_log.to(like.dtype).exp()[:, None, None]
+
+    def step_size(self, log_alpha: Tensor) -> Tensor:
+        """softplus(y) of a log-decay: the step size of a discretised state space."""
+        return -log_alpha / self.rate(log_alpha)
 
 
-GATES: dict[str, type[Gate]] = {"key": KeyGate, "head": HiddenGate, "channel": HiddenGate}
+class Beta(Projection):
+    """beta = sigmoid(W x + b), twice that where negative eigenvalues are allowed (Grazzi et al. 2024): rates of delta updates."""
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        width = spec.arrivals(shape)["beta"]
+        rank = spec.gate_rank if spec.rank_one else 0
+        super().__init__(shape.hidden_size, spec.memories(shape), width, rank)
+        self.top = 2.0 if spec.negative else 1.0
+
+    def forward(self, hidden: Tensor | None) -> Tensor:
+        return self.top * torch.sigmoid(self.project(hidden))
 
 
-def make_gate(spec: MixerSpec, shape: Shape) -> Gate:
-    if spec.decay == "none" or not spec.has_far:
-        return Gate()
-    return GATES[spec.decay](spec, shape)
+class Router(Projection):
+    """Weights of the routed memories of each token: the `active` largest of a softmax, the rest 0 (MoM, Du et al. 2025, eq. 5)."""
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        super().__init__(shape.hidden_size, spec.memories(shape), spec.experts)
+        self.active = spec.active
+        nn.init.normal_(self.up, std=shape.hidden_size**-0.5)  # at zero every token would take the same memories
+
+    def forward(self, hidden: Tensor | None) -> Tensor:
+        share = self.project(hidden).softmax(-1)
+        chosen = share.topk(self.active, dim=-1)
+        kept = torch.zeros_like(share).scatter(-1, chosen.indices, chosen.values)
+        return kept / kept.sum(-1, keepdim=True)
+
+
+GATES: dict[str, type[KeyGate] | type[HiddenGate] | type[FixedGate]] = {
+    "key": KeyGate,
+    "fixed": FixedGate,
+    "head": HiddenGate,
+    "channel": HiddenGate,
+    "complex": HiddenGate,
+}

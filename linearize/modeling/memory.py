@@ -19,29 +19,39 @@ State = dict[str, Tensor]
 
 
 def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-    """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row."""
-    kv, dims = shape.kv_heads, {"k": shape.head_dim, "v": shape.value_dim, "far_k": spec.kept_far_key(shape)}
+    """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row.
+
+    recent_x is a ring of what recent tokens carry, slot_x of what tokens in slots do, in order of their age. What the mixer
+    computes of them is kept in at least fp32, as it is computed: rounded, one call and many would see other numbers.
+    """
+    kv, memories = shape.kv_heads, spec.memories(shape)
+    wide = torch.promote_types(dtype, torch.float32)
     state: State = {"count": torch.zeros(batch, dtype=torch.long, device=device)}
 
-    def add(name: str, *size: int, dtype: torch.dtype = dtype) -> None:
+    def add(name: str, *size: int, dtype: torch.dtype = dtype, value: float = 0.0) -> None:
         if 0 not in size:
-            state[name] = torch.zeros(batch, *size, dtype=dtype, device=device)
+            state[name] = torch.full((batch, *size), value, dtype=dtype, device=device)
 
     if spec.has_near:
-        for name in ("k", "v"):
-            add(f"sink_{name}", kv, spec.sinks, dims[name])
-            add(f"recent_{name}", kv, spec.recent, dims[name])
-    if spec.has_far:
-        memories, features = spec.memories(shape), spec.features(shape)
-        at_least_fp32 = torch.promote_types(dtype, torch.float32)
-        own = torch.bfloat16 if spec.state_dtype == "bfloat16" else at_least_fp32
-        add("far", memories, features, shape.value_dim + int(spec.normalise), dtype=own)
+        held = [("k", kv, shape.head_dim, dtype), ("v", kv, shape.value_dim, dtype)]
+        add("sink_k", kv, spec.sinks, shape.head_dim)
+        add("sink_v", kv, spec.sinks, shape.value_dim)
         if spec.coverage == "older":
-            add("recent_far_k", kv, spec.recent, dims["far_k"])
-            add("recent_gate", memories, spec.recent, spec.gate_width(shape), dtype=at_least_fp32)
+            held += [(name, kv, width, wide) for name, width in spec.kept_far(shape).items()]
+            held += [(name, memories, width, wide) for name, width in spec.arrivals(shape).items()]
+        for place, size in (("recent", spec.recent), ("slot", spec.slots)):
+            for name, heads, width, own in held:
+                add(f"{place}_{name}", heads, size, width, dtype=own)
+        add("recent_scores", kv, spec.recent, spec.scores, dtype=wide)
+        add("slot_score", kv, spec.slots, dtype=wide, value=-torch.inf)
+    if spec.has_far:
+        own = torch.bfloat16 if spec.state_dtype == "bfloat16" else wide
+        add("far", memories * (spec.experts + 1), spec.rows(shape), spec.columns(shape), dtype=own)
         if spec.conv:
-            add("conv_q", shape.heads, spec.conv - 1, shape.head_dim)
-            add("conv_k", kv, spec.conv - 1, shape.head_dim)
+            add("conv_q", shape.heads, spec.conv - 1, shape.head_dim, dtype=wide)
+            add("conv_k", kv, spec.conv - 1, shape.head_dim, dtype=wide)
+        if spec.conv_v:
+            add("conv_v", kv, spec.conv - 1, shape.value_dim, dtype=wide)
     return state
 
 

@@ -11,16 +11,16 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .convolution import CausalConv
 from .far_mass import FarMass
-from .feature_maps_basic import FEATURE_MAPS
-from .gates import make_gate
+from .far_output import FarOutput
+from .leaving import Leaving, Queries
 from .memory import State, chronological, empty_state, fill_sinks, put, refill, stored
-from .recurrence_additive import chunked, step
+from .merge import Merge
 from .rope import unrotate
 from .rows import Rows, make_rows
+from .slots import Tokens
 from .spec import MixerSpec, Shape
-from .window import Part, Scores, near_chunked, near_step
+from .window import Part, Scores, entered, near_chunked, near_step
 
 
 @dataclass(frozen=True)
@@ -55,38 +55,50 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows of real tokens: projections for the near half, their own for the far half, log-decays; `lengths` None is all full."""
+    """Rows of real tokens: projections for the near half, their own for the far half, what is computed on arrival.
+
+    `position` (rows, T) of each token in its own row; `lengths` (rows,) None where all rows are full.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     far_q: Tensor
     far_k: Tensor
-    gate: Tensor | None
+    far_v: Tensor
+    arrivals: dict[str, Tensor]
+    hidden: Tensor | None
+    position: Tensor
     lengths: Tensor | None
     conv: State
 
 
-class Mixer(nn.Module):
-    """One layer's near and far halves. `forward` takes Inputs and a state, returns (B, T, H, V) and the next state."""
+@dataclass(frozen=True)
+class Halves:
+    """Near part (B, H, T, .), the far memory's output (B, H, T, V) and mass (B, H, T), and the stream that they came from."""
+
+    near: Part | None
+    far: Tensor | None
+    mass: Tensor | None
+    stream: Stream
+
+
+class Mixer(Leaving):
+    """One layer's near and far halves. `forward` takes Inputs and a state, returns (B, T, H, V) and the next state.
+
+    The far half is inherited, not held, so that a checkpoint's names are short and stay as they were: `linearize.map_k.weight`.
+    """
 
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
-        super().__init__()
         spec.validate()
-        self.spec, self.shape = spec, shape
+        super().__init__(spec, shape)
         self.groups = shape.heads // shape.kv_heads
-        self.memories = spec.memories(shape)
-        self.readers = shape.heads // self.memories
-        self.ablate: str | None = None  # "far" or "near": that half is left out
-        if not spec.has_far:
-            return
-        feature_map = FEATURE_MAPS[spec.feature_map]
-        self.map_k = feature_map(self.memories, shape.head_dim, spec.feature_dim)
-        self.map_q = None if spec.tied_maps else feature_map(shape.heads, shape.head_dim, spec.feature_dim)
-        self.gate = make_gate(spec, shape)
-        self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
-        self.conv_q = CausalConv(shape.heads, shape.head_dim, spec.conv) if spec.conv else None
-        self.conv_k = CausalConv(shape.kv_heads, shape.head_dim, spec.conv) if spec.conv else None
+        self.ablate: str | None = None  # "far", "near" or "slots": that part is left out
+        self.null = nn.Parameter(torch.zeros(shape.heads, spec.null_logits)) if spec.null_logits else None
+        if spec.has_far:
+            self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
+            self.merge = Merge(spec, shape)
+            self.output = FarOutput(spec, shape)
 
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
         with torch.autocast(inputs.q.device.type, enabled=False):
@@ -102,245 +114,183 @@ class Mixer(nn.Module):
             single = state is not None and stream.lengths is None and inputs.q.shape[2] == 1
             after: State | None
             if state is not None and single:
-                out, after = self._step(stream, state, inputs.score)
+                halves, after = self._step(stream, state, inputs.score)
             else:
-                out, after = self._chunked(stream, state, inputs.score, keep and inputs.segments is None, inputs.k.dtype)
+                halves, after = self._chunked(stream, state, inputs.score, keep and inputs.segments is None, inputs.k.dtype)
+            out = self.combine(halves)
             out = out if rows is None else rows.scatter(out)
             return out.transpose(1, 2).to(inputs.q.dtype), after
 
     # ---- inputs ----
 
     def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None) -> Stream:
-        dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+        spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
         q, k, v = (take(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
-        far_q, far_k, gate, conv = q, k, None, {}
         lengths = None if rows is None else rows.lengths
-        if self.spec.has_far:
-            raw_k = inputs.k.to(dtype)
-            if not self.spec.far_rope or self.spec.decay == "key":
-                raw_k = unrotate(raw_k, inputs.cos, inputs.sin)
-            if not self.spec.far_rope:
-                far_q, far_k = take(unrotate(inputs.q.to(dtype), inputs.cos, inputs.sin)), take(raw_k)
-            gate = self.gate(inputs.hidden, raw_k)
-            if gate is not None:
-                gate = take(gate[..., None])[..., 0] if gate.dim() == 3 else take(gate)
-            if self.conv_q is not None and self.conv_k is not None:
-                past = state or {}
-                far_q, conv["conv_q"] = self.conv_q(far_q, past.get("conv_q"), lengths)
-                far_k, conv["conv_k"] = self.conv_k(far_k, past.get("conv_k"), lengths)
-        return Stream(q, k, v, far_q, far_k, gate, lengths, conv)
+        count = torch.zeros(1, dtype=torch.long, device=q.device) if state is None else state["count"]
+        position = count[:, None] + torch.arange(q.shape[2], device=q.device)
+        if not spec.has_far:
+            return Stream(q, k, v, q, k, v, {}, None, position, lengths, {})
+        far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
+        hidden = None if inputs.hidden is None else take(inputs.hidden.to(dtype)[:, None])[:, 0]
+        raw_k = k
+        if not spec.far_rope or spec.decay == "key":
+            raw_k = take(unrotate(inputs.k.to(dtype), inputs.cos, inputs.sin))
+        if not spec.far_rope:
+            far_q, far_k = take(unrotate(inputs.q.to(dtype), inputs.cos, inputs.sin)), raw_k
+        if self.conv_q is not None and self.conv_k is not None:
+            far_q, conv["conv_q"] = self.conv_q(far_q, past.get("conv_q"), lengths)
+            far_k, conv["conv_k"] = self.conv_k(far_k, past.get("conv_k"), lengths)
+        if self.conv_v is not None:
+            far_v, conv["conv_v"] = self.conv_v(far_v, past.get("conv_v"), lengths)
+        if spec.conv_silu:
+            far_q, far_k = nn.functional.silu(far_q), nn.functional.silu(far_k)
+            far_v = nn.functional.silu(far_v) if spec.conv_v else far_v
+        return Stream(q, k, v, far_q, far_k, far_v, self.arrivals(hidden, raw_k), hidden, position, lengths, conv)
 
-    def _by_memory(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) to (B, M, R, T, D): head h reads memory h // R."""
-        grouped: Tensor = x.unflatten(1, (self.memories, self.readers))
-        return grouped
+    def _held(self, s: Stream) -> Tokens:
+        """What the buffer of recent tokens keeps of new ones."""
+        held = {"k": s.k, "v": s.v}
+        if self.takes_leavers:
+            own = self.spec.kept_far(self.shape)
+            held |= {name: x for name, x in (("far_k", s.far_k), ("far_v", s.far_v)) if name in own} | s.arrivals
+        if self.spec.scores:
+            held["scores"] = s.k.new_zeros(*s.k.shape[:3], self.spec.scores)
+        return held
 
-    def _phi_q(self, q: Tensor) -> Tensor:
-        if self.map_q is not None:
-            return self._by_memory(self.map_q(q))
-        grouped = self._by_memory(q)
-        return self.map_k(grouped.flatten(2, 3)).unflatten(2, grouped.shape[2:4])  # type: ignore[no-any-return]
-
-    def _entries(self, k: Tensor, v: Tensor, gate: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """phi(k), v (with a one for the denominator) and log-decays of tokens that enter; `valid` (B, T) masks the rest."""
-        repeats = self.memories // self.shape.kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        phi = self.map_k(k)
-        if valid is not None:
-            phi = phi * valid[:, None, :, None].to(phi.dtype)
-            gate = None if gate is None else gate * valid.view(valid.shape[0], 1, -1, *[1] * (gate.dim() - 3)).to(gate.dtype)
-        return phi, torch.nn.functional.pad(v, (0, 1), value=1.0) if self.spec.normalise else v, gate
+    def _queries(self, s: Stream, score: Scores) -> Queries:
+        features = self.phi_q(s.far_q, s.position) if self.spec.has_far else None
+        return Queries(s.q.unflatten(1, (self.shape.kv_heads, self.groups)), features, s.arrivals.get("route"), score)
 
     # ---- one token ----
 
-    def _step(self, s: Stream, state: State, score: Scores) -> tuple[Tensor, State]:
-        spec, count = self.spec, state["count"]
+    def _step(self, s: Stream, state: State, score: Scores) -> tuple[Halves, State]:
+        spec, count, queries = self.spec, state["count"], self._queries(s, score)
         after = {**state, "count": count + 1, **{name: x.to(state[name].dtype) for name, x in s.conv.items()}}
         near, read = None, None
-        if spec.has_far and spec.coverage == "older":
-            read = self._enter_older(s, state, after)
         if spec.has_near:
-            slot = count % spec.recent
-            for name, x in self._kept(s).items():
-                after[name] = put(state[name], x, slot)
-            for name, x in (("sink_k", s.k), ("sink_v", s.v)) if spec.sinks else ():
-                after[name] = fill_sinks(state[name], x, count, count + 1)
-            dtype = s.q.dtype
-            sinks = (after["sink_k"].to(dtype), after["sink_v"].to(dtype)) if spec.sinks else (s.k, s.v)
-            q = s.q.unflatten(1, (self.shape.kv_heads, self.groups))
-            near = near_step(q, after["recent_k"].to(dtype), after["recent_v"].to(dtype), *sinks, count + 1, spec, score)
+            exact, read = self.leave_step(queries, state, after)
+            for name, x in self._held(s).items():
+                after[f"recent_{name}"] = put(after[f"recent_{name}"], x, count % spec.recent)
+            ring = (after["recent_k"].to(s.q.dtype), after["recent_v"].to(s.q.dtype))
+            near, got = near_step(queries.near, *ring, *self._sinks(s, state, after), count + 1, spec, score)
+            near = self._joined(near, exact)
+            if spec.scores_attention:
+                after["recent_scores"] = with_attention(after["recent_scores"], got)
         if spec.has_far and spec.coverage == "all":
-            k, v, gate = self._entries(s.far_k, s.v, s.gate, None)
-            gate_now = None if gate is None else gate[:, :, 0]
-            read, far = step(self._phi_q(s.far_q)[..., 0, :], k[:, :, 0], v[:, :, 0], gate_now, state["far"].to(s.q.dtype))
-            after["far"], read = stored(far, state["far"].dtype, count + 1), read[..., None, :]
-        return self.merge(*flat(near, read), s.far_q), after
-
-    def _enter_older(self, s: Stream, state: State, after: State) -> Tensor:
-        """Move what leaves the window at this token into the far memory, then read it: (B, M, R, 1, V)."""
-        spec, count, far = self.spec, state["count"], state["far"].to(s.q.dtype)
-        block = 1 if spec.window_kind == "sliding" else spec.window
-        leaving = count - spec.recent  # the position that the new token's slot held, first of its block
-        due = (count % block == 0) & (leaving + block > spec.sinks)
-        if bool(due.any()):
-            offsets = torch.arange(block, device=count.device)
-            slots = (count[:, None] + offsets) % spec.recent
-            position = leaving[:, None] + offsets
-            valid = due[:, None] & (position >= spec.sinks)
-
-            def held(name: str) -> Tensor:
-                ring = state[name].to(s.q.dtype)
-                return ring.gather(2, slots[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
-
-            gate = None
-            if s.gate is not None:
-                gate = held("recent_gate") if s.gate.dim() == 4 else held("recent_gate")[..., 0]
-            far_k = held("recent_far_k") if "recent_far_k" in state else held("recent_k")
-            k, v, gate = self._entries(far_k, held("recent_v"), gate, valid)
-            _, far = chunked(k[:, :, None], k, v, gate, far, terraced=block)
+            entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, None)
+            assert queries.far is not None
+            read, far = self.read(queries.far, entries, state["far"].to(s.q.dtype), queries.route, one=True)
             after["far"] = stored(far, state["far"].dtype, count + 1)
-        return self._phi_q(s.far_q) @ far[:, :, None]
-
-    def _kept(self, s: Stream) -> State:
-        """What the buffer of recent tokens keeps of new ones, by state name."""
-        kept = {"recent_k": s.k, "recent_v": s.v}
-        if self.spec.has_far and self.spec.coverage == "older":
-            if self.spec.kept_far_key(self.shape):
-                kept["recent_far_k"] = s.far_k
-            if s.gate is not None:
-                kept["recent_gate"] = s.gate if s.gate.dim() == 4 else s.gate[..., None]
-        return kept
+        return self._halves(near, read, s), after
 
     # ---- many tokens ----
 
     def _chunked(
         self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, State | None]:
-        near, read, after, joined = self._halves(s, state, score, dtype)
-        out = self.merge(*flat(near, read), s.far_q)
-        if not keep:
-            return out, None
-        before_count = after["count"] - (s.q.shape[2] if s.lengths is None else s.lengths)
-        for name, x in joined.items():
-            after[name] = refill(x, self.spec.recent, before_count, after["count"], after[name].dtype)
-        after.update({name: x.to(after[name].dtype) for name, x in s.conv.items()})
-        return out, after
-
-    def _halves(
-        self, s: Stream, state: State | None, score: Scores, dtype: torch.dtype
-    ) -> tuple[Part | None, Tensor | None, State, State]:
-        """Near part, far read, the state so far, and the buffer of recent tokens joined with the new ones."""
+    ) -> tuple[Halves, State | None]:
         spec, (batch, _, time, _) = self.spec, s.q.shape
         before = state if state is not None else empty_state(spec, self.shape, batch, dtype, s.q.device)
-        count = before["count"]
+        count, queries = before["count"], self._queries(s, score)
         after: State = {**before, "count": count + (time if s.lengths is None else s.lengths)}
-        near, read, joined = None, None, {}
+        near, read = None, None
+        joined: Tokens = {}
         if spec.has_near:
-            for name, x in self._kept(s).items():
+            for name, x in self._held(s).items():
                 past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
-                joined[name] = torch.cat([past if state is None else chronological(state[name], count).to(x.dtype), x], dim=2)
-            near = self._near(s, before, joined, count, after, score, state is None)
-        if spec.has_far:
-            far = before["far"].to(s.q.dtype)
-            if spec.coverage == "all":
-                valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
-                read, far = chunked(self._phi_q(s.far_q), *self._entries(s.far_k, s.v, s.gate, valid), far)
-            else:
-                read, far = self._far_older(s, joined, count, after["count"], far)
+                joined[name] = torch.cat(
+                    [past if state is None else chronological(state[f"recent_{name}"], count).to(x.dtype), x], dim=2
+                )
+            near = self._near(queries.near, s, before, joined, after, score, state is None)
+            if self.takes_leavers or spec.slots:
+                exact, read = self.leave(queries, joined, before, after)
+                near = self._joined(near, exact)
+        if spec.has_far and spec.coverage == "all":
+            valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
+            entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, valid)
+            assert queries.far is not None
+            read, far = self.read(queries.far, entries, before["far"].to(s.q.dtype), queries.route)
             after["far"] = stored(far, before["far"].dtype, after["count"])
-        return near, read, after, joined
+        halves = self._halves(near, read, s)
+        if not keep:
+            return halves, None
+        for name, x in joined.items():
+            held = f"recent_{name}"
+            after[held] = refill(x, spec.recent, count, after["count"], before[held].dtype)
+        after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
+        return halves, after
 
-    def halves(self, inputs: Inputs) -> tuple[Part | None, Tensor | None, Tensor]:
-        """Near part and far read with heads flat (B, H, T, .), and the far half's queries, for full rows from the first token."""
-        stream = self._stream(inputs, None, None)
-        near, read, _, _ = self._halves(stream, None, inputs.score, inputs.k.dtype)
-        return *flat(near, read), stream.far_q
-
-    def _near(self, s: Stream, before: State, joined: State, count: Tensor, after: State, score: Scores, fresh: bool) -> Part:
-        spec, sinks = self.spec, (s.k, s.v)
-        if spec.sinks:
-            after_count = after["count"]
-            for name, x in (("sink_k", s.k), ("sink_v", s.v)):
-                after[name] = fill_sinks(before[name], x, count, after_count)
-            sinks = (after["sink_k"].to(s.k.dtype), after["sink_v"].to(s.v.dtype))
+    def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
+        spec, sinks = self.spec, self._sinks(s, before, after)
         skip = spec.recent - spec.window if fresh else 0  # a fresh row begins on a block: one block of lead is enough
-        q = s.q.unflatten(1, (self.shape.kv_heads, self.groups))
-        k, v = joined["recent_k"][:, :, skip:], joined["recent_v"][:, :, skip:]
-        return near_chunked(q, k, v, *sinks, count, spec.recent - skip, spec, score)
+        k, v = joined["k"][:, :, skip:], joined["v"][:, :, skip:]
+        until = after["count"] if spec.scores_attention else None
+        near, got = near_chunked(q, k, v, *sinks, before["count"], spec.recent - skip, spec, score, until)
+        if got is not None:
+            joined["scores"] = with_attention(joined["scores"], torch.nn.functional.pad(got, (skip, 0)))
+        return near
 
-    def _far_older(self, s: Stream, joined: State, count: Tensor, after: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that left the window enter one by one (sliding) or as whole blocks (terraced), each exactly once.
+    def _sinks(self, s: Stream, before: State, after: State) -> tuple[Tensor, Tensor]:
+        """Keys and values of the sinks with those of the new tokens among them; where there are none, any keys serve."""
+        if not self.spec.sinks:
+            return s.k, s.v
+        for name, x in (("sink_k", s.k), ("sink_v", s.v)):
+            after[name] = fill_sinks(before[name], x, before["count"], after["count"])
+        return after["sink_k"].to(s.k.dtype), after["sink_v"].to(s.v.dtype)
 
-        Position p enters at the query p + recent, so entry f of the joined buffer meets query f. Rows in mid-block start
-        `offset` places later, so that blocks of the frame are blocks of the row.
-        """
-        spec, time = self.spec, s.q.shape[2]
-        block = 1 if spec.window_kind == "sliding" else spec.window
-        offset = count % block
-        shifted = bool(offset.any())
-        place = torch.arange(time + (block if shifted else 0) + (-time % block), device=count.device)
-        source = place - offset[:, None]
-        first = (count - offset)[:, None] + place - place % block  # the query position at which this entry's block enters
-        position = count[:, None] + source - spec.recent
-        valid = (position >= spec.sinks) & (first < after[:, None]) & ((place >= block) | (offset[:, None] == 0))
-        index = source.clamp(min=0, max=time + spec.recent - 1)
-
-        def entering(name: str) -> Tensor:
-            x = joined[name]
-            if not shifted:
-                return x[:, :, : len(place)]
-            return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        gate = None
-        if s.gate is not None:
-            gate = entering("recent_gate") if s.gate.dim() == 4 else entering("recent_gate")[..., 0]
-        far_k = entering("recent_far_k" if "recent_far_k" in joined else "recent_k")
-        entries = self._entries(far_k, entering("recent_v"), gate, valid)
-        queries = self._phi_q(s.far_q)
-        if shifted:
-            to_frame = source.clamp(min=0, max=time - 1)[:, None, None, :, None]
-            queries = queries.gather(3, to_frame.expand(-1, *queries.shape[1:3], -1, queries.shape[-1]))
-        else:
-            queries = torch.nn.functional.pad(queries, (0, 0, 0, len(place) - time))
-        read, far = chunked(queries, *entries, far, terraced=0 if block == 1 else block)
-        if shifted:
-            back = (torch.arange(time, device=count.device) + offset[:, None])[:, None, None, :, None]
-            return read.gather(3, back.expand(-1, *read.shape[1:3], -1, read.shape[-1])), far
-        return read[..., :time, :], far
-
-    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """phi(q) (B, M, R, T, K) and phi(k) (B, M, T, K) of full rows: their products are the far half's weights without decay."""
-        stream = self._stream(inputs, None, None)
-        return self._phi_q(stream.far_q), self._entries(stream.far_k, stream.v, None, None)[0]
+    def _joined(self, near: Part, exact: Part | None) -> Part:
+        return near if exact is None or self.ablate == "slots" else near.join(exact)
 
     # ---- merge ----
 
-    def merge(self, near: Part | None, read: Tensor | None, far_q: Tensor) -> Tensor:
-        """Near part (B, H, T, .) and far read (B, H, T, V or V + 1) to the output (B, H, T, V)."""
-        spec = self.spec
-        if near is not None and (read is None or self.ablate == "far"):
+    def halves(self, inputs: Inputs) -> Halves:
+        """Both halves of full rows from the first token, for whoever fits one to the other."""
+        return self._chunked(self._stream(inputs, None, None), None, inputs.score, False, inputs.k.dtype)[0]
+
+    def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """phi(q) (B, M, R, T, K) and phi(k) (B, M, T, K) of full rows: their products are the far half's weights without decay."""
+        s = self._stream(inputs, None, None)
+        return self.phi_q(s.far_q, s.position), self.keys(s.far_k, s.arrivals, s.position)[0]
+
+    def _halves(self, near: Part | None, read: Tensor | None, s: Stream) -> Halves:
+        near = None if near is None else self._with_null(near.flat())
+        if read is None:
+            return Halves(near, None, None, s)
+        read, mass = read.flatten(1, 2), None
+        if self.spec.normalise:
+            read, mass = divide(read[..., :-1], read[..., -1]), read[..., -1]
+        elif self.spec.merge == "denominator":
+            mass = (entered(self.spec, s.position) > 0).to(read.dtype)[:, None].expand(read.shape[:3])
+        return Halves(near, self.output(read, s.far_v, s.hidden), mass, s)
+
+    def combine(self, halves: Halves) -> Tensor:
+        """The layer's output (B, H, T, V)."""
+        near, far, s = halves.near, halves.far, halves.stream
+        if near is not None and (far is None or self.ablate == "far"):
             return near.output()
-        assert read is not None
-        far = divide(read[..., :-1], read[..., -1]) if spec.normalise else read
+        assert far is not None
         if self.ablate == "far":
             return torch.zeros_like(far)
         if near is None or self.ablate == "near":
             return far
-        if spec.merge == "sum":
-            return spec.near_weight * near.output() + (1 - spec.near_weight) * far
-        assert self.far_mass is not None
-        mass = self.far_mass(far_q, near.top)
-        far_mass = torch.where(read[..., -1] > 0, mass, -torch.inf)  # an empty memory moves no maximum
-        top = torch.maximum(near.top, far_mass).detach()
-        near_factor, far_factor = (near.top - top).exp(), (far_mass - top).exp()
-        numerator = near.numerator * near_factor[..., None] + read[..., :-1] * far_factor[..., None]
-        return numerator / (near.denominator * near_factor + read[..., -1] * far_factor)[..., None]
+        factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)
+        return self.merge(near, far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
+
+    def _with_null(self, near: Part) -> Part:
+        """Learned logits beside the near half's scores, with no value (Lizard's meta tokens): they only take weight away."""
+        if self.null is None:
+            return near
+        null = self.null.to(near.top.dtype)[:, None]
+        top = torch.maximum(near.top, null.detach().amax(-1))
+        factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
+        return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
 
 
-def flat(near: Part | None, read: Tensor | None) -> tuple[Part | None, Tensor | None]:
-    """Both halves with the heads of all groups or memories in one dimension."""
-    return None if near is None else near.flat(), None if read is None else read.flatten(1, 2)
+def with_attention(scores: Tensor, got: Tensor) -> Tensor:
+    """Scores (B, G, n, .) whose first is the largest attention so far, with what queries now gave (B, G, n)."""
+    first = torch.maximum(scores[..., 0], got.to(scores.dtype))
+    return torch.cat([first[..., None], scores[..., 1:]], dim=-1)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: q (B, M, R, T, K) for the R query heads that share memory m; k (B, M, T, K); v (B, M, T, V);
 log-decay g None, (B, M, T) a head or (B, M, T, K) a channel, each <= 0; S (B, M, K, V). With `terraced` > 0 the keys of
 block n (that many tokens) enter together before the queries of block n read, instead of one before each query.
-Every exponent is <= 0, so no form overflows however strong the decay; nothing is clamped.
+No form overflows however strong the decay; nothing is clamped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .decays import channelwise, decayed_products, until_end
+
 CHUNK = 64
-SUBCHUNK = 16  # per-channel decays are exact pairwise inside one of these
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, terraced: int = 0) -> tuple[Tensor, Tensor]:
@@ -56,17 +57,13 @@ def chunked(
         q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
         g = None if g is None else torch.nn.functional.pad(g, (0, pad) if g.dim() == 3 else (0, 0, 0, pad))
     q, k, v = (x.unflatten(-2, (-1, size)) for x in (q, k, v))  # (..., N, C, .)
-    g = None if g is None else _channelwise(g).unflatten(2, (-1, size))  # (B, M, N, C, K or 1)
-    before, after, last = _boundary_states(k, v, g, state)
+    g = None if g is None else channelwise(g).unflatten(2, (-1, size))  # (B, M, N, C, K or 1)
+    before, after, last = boundary_states(k, v, g, state)
     if terraced:
         out = _read(q, after)
     else:
-        out = _read(q if g is None else q * g.cumsum(-2).exp()[:, :, None], before) + _inside(q, k, v, g)
+        out = _read(q if g is None else q * g.cumsum(-2).exp()[:, :, None], before) + decayed_products(q, k, g) @ v[:, :, None]
     return out.flatten(-3, -2)[..., :time, :], last
-
-
-def _channelwise(g: Tensor) -> Tensor:
-    return g[..., None] if g.dim() == 3 else g
 
 
 def _read(q: Tensor, states: Tensor) -> Tensor:
@@ -74,27 +71,12 @@ def _read(q: Tensor, states: Tensor) -> Tensor:
     return q @ states[:, :, None]
 
 
-def _until_end(g: Tensor) -> Tensor:
-    """Sum of g (..., C, K) over the tokens after each. Sums, never differences of sums: those cancel where decay is strong."""
-    return torch.nn.functional.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _between(g: Tensor) -> Tensor:
-    """Sum of g (..., C, K) over the tokens after j up to i, as (..., C i, C j, K); -inf where i < j."""
-    token = torch.arange(g.shape[-2], device=g.device)
-    among = (token[None, :, None] < token) & (token <= token[:, None, None])  # (i, j, l): l is one of those tokens
-    weights = among.flatten(0, 1).to(g.dtype)
-    sums = weights @ g if g.shape[-1] > 1 else (g[..., 0] @ weights.T)[..., None]
-    pairs: Tensor = sums.unflatten(-2, (len(token), len(token)))
-    return pairs.masked_fill((token[:, None] < token)[..., None], -torch.inf)
-
-
-def _boundary_states(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def boundary_states(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """States before and after each chunk (B, M, N, K, V), and the final one."""
     if g is None:
         after = state[:, :, None] + (k.transpose(-1, -2) @ v).cumsum(2)
     else:
-        added = (k * _until_end(g).exp()).transpose(-1, -2) @ v
+        added = (k * until_end(g).exp()).transpose(-1, -2) @ v
         decay = g.sum(-2).exp()[..., None]  # (B, M, N, K or 1, 1)
         states = [state]
         for n in range(k.shape[2]):
@@ -102,33 +84,3 @@ def _boundary_states(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> t
         after = torch.stack(states[1:], dim=2)
     last = after[:, :, -1].clone(memory_format=torch.contiguous_format)  # a view would keep the states of all chunks alive
     return torch.cat([state[:, :, None], after[:, :, :-1]], dim=2), after, last
-
-
-def _inside(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
-    """Contribution of the chunk's own tokens: tril(q k^T * exp(sum of g between)) v."""
-    if g is not None and g.shape[-1] > 1:
-        return _inside_channels(q, k, v, g)
-    weights = q @ k[:, :, None].transpose(-1, -2)
-    if g is None:
-        size = q.shape[-2]
-        weights = weights.masked_fill(~torch.ones(size, size, dtype=torch.bool, device=q.device).tril(), 0)
-    else:
-        weights = weights * _between(g)[..., 0].exp()[:, :, None]
-    return weights @ v[:, :, None]
-
-
-def _inside_channels(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """As `_inside` for one decay a channel: pairwise inside a sub-chunk, through its first boundary from earlier ones."""
-    outputs = []
-    for start in range(0, q.shape[-2], SUBCHUNK):
-        stop = min(start + SUBCHUNK, q.shape[-2])
-        q_own, k_own, g_own = q[..., start:stop, :], k[..., start:stop, :], g[..., start:stop, :]
-        pairs = k_own[..., None, :, :] * _between(g_own).exp()  # (B, M, N, c, c, K)
-        weights = torch.einsum("bmrnik,bmnijk->bmrnij", q_own, pairs)
-        out = weights @ v[:, :, None, :, start:stop]
-        if start:
-            far_k = k[..., :start, :] * _until_end(g[..., :start, :]).exp()
-            far_q = q_own * g_own.cumsum(-2).exp()[:, :, None]
-            out = out + (far_q @ far_k[:, :, None].transpose(-1, -2)) @ v[:, :, None, :, :start]
-        outputs.append(out)
-    return torch.cat(outputs, dim=-2)

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from .spec_maps import MAPS, map_width
+from .spec_rules import rules
 
 SCHEMA_VERSION = 1
 
-FEATURE_MAPS = ("identity", "softmax", "elu1", "hedgehog")
-DECAYS = ("none", "key", "head", "channel")
+RULES = ("additive", "delta", "slots")
+FEATURE_MAPS = tuple(MAPS)
+DECAYS = ("none", "fixed", "key", "head", "channel", "complex")
+GATE_FORMS = ("sigmoid", "softplus", "rwkv")
+GATE_KEYS = ("none", "complement", "balance", "step")
 COVERAGES = ("older", "all")
 WINDOWS = ("sliding", "terraced")
-MERGES = ("far", "near", "denominator", "sum")
+SLOT_SCORES = ("attention", "recall", "product", "norm")
+MERGES = ("far", "near", "denominator", "sum", "gate")
 FAR_MASSES = ("none", "head", "query")
+NORMS = ("none", "rms", "group")
+OUT_GATES = ("none", "silu", "sigmoid")
 STATE_DTYPES = ("float32", "bfloat16")
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "rule": RULES,
     "feature_map": FEATURE_MAPS,
     "decay": DECAYS,
+    "gate_form": GATE_FORMS,
+    "gate_key": GATE_KEYS,
     "coverage": COVERAGES,
     "window_kind": WINDOWS,
+    "slot_score": SLOT_SCORES,
     "merge": MERGES,
     "far_mass": FAR_MASSES,
+    "norm": NORMS,
+    "out_gate": OUT_GATES,
     "state_dtype": STATE_DTYPES,
 }
+WHOLE_NUMBERS = (
+    "window", "sinks", "slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
+)  # fmt: skip
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -43,23 +61,44 @@ class Shape:
 class MixerSpec:
     """One mixer: an exact near half, a far memory of constant size, and how the two are merged."""
 
+    rule: str = "additive"  # how the memory is updated
     feature_map: str = "hedgehog"
-    feature_dim: int = 0  # width of the learned projection; 0 is the head dimension
+    feature_dim: int = 0  # width of a learned projection, or the slots of rule 'slots'; 0 is the head dimension
     tied_maps: bool = False  # one map for queries and keys
+    max_length: int = 0  # longest text of a map that must know it (cosformer)
     share_kv: bool = False  # one memory for each kv head instead of each query head
+    scaled: bool = False  # far queries times D^-1/2
     decay: str = "none"
+    gate_form: str = "sigmoid"  # log-decay log sigmoid(x) / divisor, -e^A softplus(x), or -e^-1/2 sigmoid(x)
     gate_rank: int = 0  # of the data-dependent gate's projection; 0 is full rank
-    gate_divisor: float = 16.0  # log-decay = log sigmoid(x) / divisor
+    gate_divisor: float = 16.0
+    gate_key: str = "none"  # key from the decay: 1 - a (complement), k (1 - a) (balance), or k times the step size (step)
+    negative: bool = False  # a delta's beta in (0, 2): negative eigenvalues
+    deltas: int = 1  # delta updates for each token
+    rank_one: bool = False  # rule 'delta' removes along a direction of its own, with a rate for each channel (RWKV-7)
+    experts: int = 0  # routed memories, beside one that every token enters
+    active: int = 0  # of them, for each token
     coverage: str = "older"
     normalise: bool = True  # divide by a denominator that is carried (and decays) with the memory
+    norm: str = "none"  # of the far output, a head
+    out_gate: str = "none"  # on the far output, from the layer's input
+    out_map: bool = False  # a V x V matrix a head on the far output
+    skip: bool = False  # a factor a head times the token's own value, added to the far output
     window: int = 0
     window_kind: str = "sliding"
     sinks: int = 0
+    slots: int = 0  # exact places for tokens that left the window
+    slot_score: str = "attention"
+    null_logits: int = 0  # learned logits that enter the near denominator alone
     merge: str = "denominator"
-    near_weight: float = 0.5  # of a weighted sum; the far half has the rest
+    near_weight: float = 0.5  # of a weighted sum
+    far_weight: float | None = None  # None is the rest, 1 - near_weight
+    learned_weights: bool = False  # both are learned, a head
     far_mass: str = "none"
     far_rope: bool = True
     conv: int = 0  # kernel of the causal depthwise convolution on q and k of the far half
+    conv_v: bool = False  # on v as well
+    conv_silu: bool = False  # SiLU after it
     state_dtype: str = "float32"
 
     @classmethod
@@ -77,11 +116,10 @@ class MixerSpec:
         return asdict(self)
 
     def near_only(self) -> MixerSpec:
-        """The same window and sinks with no far memory: the baseline of every report."""
-        return replace(
-            self, feature_map="identity", feature_dim=0, tied_maps=False, decay="none", merge="near",
-            coverage="older", normalise=True, far_mass="none", far_rope=True, conv=0, share_kv=True,
-        )  # fmt: skip
+        """The same window and sinks with no far memory and no slots: the baseline of every report."""
+        return MixerSpec(
+            feature_map="identity", merge="near", share_kv=True, window=self.window, window_kind=self.window_kind, sinks=self.sinks
+        )
 
     @property
     def has_near(self) -> bool:
@@ -96,14 +134,54 @@ class MixerSpec:
         """Capacity of the buffer of recent tokens: the window, and a second block where blocks leave whole."""
         return self.window * (2 if self.window_kind == "terraced" else 1)
 
+    @property
+    def block(self) -> int:
+        """How many tokens leave the window together."""
+        return 1 if self.window_kind == "sliding" else self.window
+
     def memories(self, shape: Shape) -> int:
         return shape.kv_heads if self.share_kv else shape.heads
 
     def features(self, shape: Shape) -> int:
-        """Feature dimension K of the far memory."""
-        if self.feature_map == "hedgehog":
-            return 2 * (self.feature_dim or shape.head_dim)
-        return shape.head_dim
+        """Feature dimension K of the keys that a memory takes."""
+        return map_width(self.feature_map, shape.head_dim, 0 if self.rule == "slots" else self.feature_dim)
+
+    def rows(self, shape: Shape) -> int:
+        """Rows of one memory: features, their real and imaginary parts, or slots."""
+        if self.rule == "slots":
+            return self.feature_dim or shape.head_dim
+        return self.features(shape) * (2 if self.decay == "complex" else 1)
+
+    def columns(self, shape: Shape) -> int:
+        """Columns of one memory: values, and a denominator; slots hold keys beside them."""
+        return shape.value_dim + int(self.normalise) + (self.features(shape) if self.rule == "slots" else 0)
+
+    def arrivals(self, shape: Shape) -> dict[str, int]:
+        """What is computed of a token and a memory when it arrives and applied when it enters: name and width."""
+        if not self.has_far:
+            return {}
+        rows = self.rows(shape)
+        widths = {
+            "gate": {"none": 0, "fixed": 0, "head": 1}.get(self.decay, rows),
+            "beta": (self.features(shape) if self.rank_one else self.deltas) if self.rule == "delta" else 0,
+            "route": self.experts,
+        }
+        return {name: width for name, width in widths.items() if width}
+
+    @property
+    def scores_attention(self) -> bool:
+        """Slots go by the attention that a token received in the window."""
+        return bool(self.slots) and self.slot_score in ("attention", "product")
+
+    @property
+    def scores_recall(self) -> bool:
+        """Slots go by how badly the far memory recalls a token."""
+        return bool(self.slots) and self.slot_score in ("recall", "product")
+
+    @property
+    def scores(self) -> int:
+        """Scores kept for each recent token, so that a slot can be given to it when it leaves."""
+        return int(self.scores_attention) + int(self.scores_recall)
 
     def validate(self) -> None:
         """Refuse illegal points with the reason (ValueError)."""
@@ -116,64 +194,39 @@ class MixerSpec:
             for name, choices in CHOICES.items()
             if getattr(self, name) not in choices
         ]
-        for name in ("window", "sinks", "conv", "feature_dim", "gate_rank"):
+        for name in (*WHOLE_NUMBERS, "deltas"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 found.append(f"{name} must be a whole number of at least 0, got {value!r}")
-        return found or [reason for broken, reason in self._rules() if broken]
-
-    def _rules(self) -> list[tuple[bool, str]]:
-        return [
-            (self.has_near and self.window < 1, f"merge '{self.merge}' needs a window of at least 1 token"),
-            (not self.has_near and bool(self.window or self.sinks), "merge 'far' has no near half: set window=0 and sinks=0"),
-            (self.has_far and not self.has_near and self.coverage != "all", "without a near half far must cover all tokens"),
-            (self.merge == "denominator" and not self.normalise, "a shared denominator needs normalise=true"),
-            (
-                self.merge == "denominator" and self.coverage != "older",
-                "a shared denominator counts each token once: set coverage='older'",
-            ),
-            (
-                self.has_far and self.normalise and self.feature_map == "identity",
-                "a denominator needs a positive feature map: 'identity' takes normalise=false",
-            ),
-            (self.far_mass != "none" and self.merge != "denominator", "far_mass belongs to merge 'denominator'"),
-            (self.merge == "near" and bool(self.conv), "a convolution belongs to the far half"),
-            (self.merge == "near" and self.decay != "none", "a decay belongs to the far half"),
-            (self.conv == 1, "a convolution of one tap does nothing: conv must be 0 or at least 2"),
-            (
-                self.decay == "key" and self.feature_map == "hedgehog",
-                "decay 'key' has one value a key channel: the map must keep the head dimension",
-            ),
-            (
-                bool(self.feature_dim) and self.feature_map != "hedgehog",
-                f"feature map '{self.feature_map}' has a fixed width: set feature_dim=0",
-            ),
-            (not 0.0 <= self.near_weight <= 1.0, "near_weight must lie between 0 and 1"),
-            (self.gate_divisor <= 0, "gate_divisor must be positive"),
-        ]
+        return found or [reason for broken, reason in rules(self) if broken]
 
     def state_bytes(self, shape: Shape, dtype_bytes: int = 4) -> int:
         """Bytes of one sequence's state in one layer, for a model whose activations take `dtype_bytes` each."""
-        own = DTYPE_BYTES[self.state_dtype]
-        kv, far = shape.head_dim + shape.value_dim, 0
-        total = (self.sinks + self.recent) * shape.kv_heads * kv * dtype_bytes if self.has_near else 0
+        kv = (shape.head_dim + shape.value_dim) * shape.kv_heads * dtype_bytes
+        extra = sum(self.kept_far(shape).values()) * shape.kv_heads * 4
+        extra += sum(self.arrivals(shape).values()) * self.memories(shape) * 4
+        extra = extra if self.coverage == "older" else 0
+        total = 8  # the count of real tokens
+        if self.has_near:
+            total += (self.sinks + self.recent) * kv + self.recent * (extra + self.scores * shape.kv_heads * 4)
+            total += self.slots * (kv + extra + shape.kv_heads * 4)  # and a score
         if self.has_far:
-            memories, features = self.memories(shape), self.features(shape)
-            far = memories * features * (shape.value_dim + int(self.normalise)) * own
-            if self.coverage == "older":
-                far += self.recent * shape.kv_heads * self.kept_far_key(shape) * dtype_bytes
-                far += self.recent * memories * self.gate_width(shape) * 4
+            memories = self.memories(shape) * (self.experts + 1)
+            total += memories * self.rows(shape) * self.columns(shape) * DTYPE_BYTES[self.state_dtype]
             if self.conv:
-                far += (self.conv - 1) * (shape.heads + shape.kv_heads) * shape.head_dim * dtype_bytes
-        return total + far + 8  # the count of real tokens
+                width = (shape.heads + shape.kv_heads) * shape.head_dim + (shape.kv_heads * shape.value_dim if self.conv_v else 0)
+                total += (self.conv - 1) * width * 4
+        return total
 
-    def kept_far_key(self, shape: Shape) -> int:
-        """Width of the far half's own key kept beside k in the buffer, where the two differ."""
-        return shape.head_dim if self.conv or not self.far_rope else 0
-
-    def gate_width(self, shape: Shape) -> int:
-        """Gate values for each token and memory."""
-        return {"none": 0, "head": 1}.get(self.decay, self.features(shape)) if self.has_far else 0
+    def kept_far(self, shape: Shape) -> dict[str, int]:
+        """Widths of the far half's own key and value kept beside k and v in the buffer, where they differ."""
+        if not self.has_far:
+            return {}
+        widths = {
+            "far_k": shape.head_dim if self.conv or not self.far_rope else 0,
+            "far_v": shape.value_dim if self.conv and self.conv_v else 0,
+        }
+        return {name: width for name, width in widths.items() if width}
 
 
 def plan_spec(plan: Mapping[str, Any], layer: Mapping[str, Any]) -> tuple[MixerSpec, Shape]:

@@ -1,7 +1,6 @@
-"""The near half: exact softmax over sinks and a window of recent tokens, as (numerator, denominator, maximum).
+"""The near half: exact softmax over sinks, a window of recent tokens and slots, as (numerator, denominator, maximum).
 
-A part is a group of keys with its mask; sinks and window are two groups, and a further group of chosen older tokens is
-one more entry in the list that `attend` takes.
+A group is keys with their mask; `attend` takes several jointly, and parts join to one softmax.
 """
 
 from __future__ import annotations
@@ -46,6 +45,13 @@ class Part:
     def output(self) -> Tensor:
         return self.numerator / self.denominator[..., None]
 
+    def join(self, other: Part) -> Part:
+        """Both as one softmax; a part may be empty for some queries (denominator 0, top -inf), not both."""
+        top = torch.maximum(self.top, other.top)
+        own, its = (self.top - top).exp(), (other.top - top).exp()
+        numerator = self.numerator * own[..., None] + other.numerator * its[..., None]
+        return Part(numerator, self.denominator * own + other.denominator * its, top)
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -56,13 +62,16 @@ class Keys:
     mask: Tensor
 
 
-def attend(q: Tensor, groups: list[Keys], score: Scores) -> Part:
-    """q (B, G, R, N, C, D) over all groups jointly; each query must see at least one key."""
+def attend(q: Tensor, groups: list[Keys], score: Scores) -> tuple[Part, Tensor]:
+    """q (B, G, R, N, C, D) over all groups jointly: the part, and its weights e^(s - top) (B, G, N, R * C, L).
+
+    A query that sees no key at all has denominator 0 and top -inf.
+    """
     repeats, size = q.shape[2], q.shape[4]
     rows = q.transpose(2, 3).flatten(3, 4)  # (B, G, N, R * C, D)
     scores = torch.cat([score(rows, g.k).masked_fill(~g.mask.tile(1, 1, 1, repeats, 1), -torch.inf) for g in groups], dim=-1)
     top = scores.detach().amax(-1)
-    weights = (scores - top[..., None]).exp()
+    weights = (scores - top.clamp(min=torch.finfo(top.dtype).min)[..., None]).exp()
     numerator, start = None, 0
     for group in groups:
         stop = start + group.k.shape[-2]
@@ -74,7 +83,19 @@ def attend(q: Tensor, groups: list[Keys], score: Scores) -> Part:
         apart: Tensor = x.unflatten(3, (repeats, size))
         return apart.transpose(2, 3).flatten(3, 4)  # (B, G, R, T, ...)
 
-    return Part(back(numerator), back(weights.sum(-1)), back(top))
+    return Part(back(numerator), back(weights.sum(-1)), back(top)), weights
+
+
+def received(weights: Tensor, queries: Tensor, distance: Tensor, width: int) -> Tensor:
+    """The largest share of attention (B, G, N, L) that each of the last L keys gets from a query of its group.
+
+    weights (B, G, N, R * C, .), `queries` (B or 1, 1, N or 1, C, 1) marks real queries, `distance` (..., C, L) from key to query:
+    only queries more than `width` // 8 tokens away count.
+    """
+    shares = weights.detach()
+    shares = (shares / shares.sum(-1, keepdim=True))[..., -distance.shape[-1] :]
+    counts = queries & (distance > width // 8)
+    return (shares * counts.tile(1, 1, 1, shares.shape[3] // counts.shape[3], 1)).amax(3)
 
 
 def visible(spec: MixerSpec, query: Tensor, key: Tensor) -> Tensor:
@@ -86,17 +107,25 @@ def visible(spec: MixerSpec, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) & (key >= first.clamp(min=spec.sinks))
 
 
+def entered(spec: MixerSpec, position: Tensor) -> Tensor:
+    """How many tokens have gone into the far memory when the query at `position` reads it; negative while none is due."""
+    left = position - spec.window + 1 if spec.window_kind == "sliding" else (position // spec.window - 1) * spec.window
+    return left - spec.sinks - spec.slots
+
+
 def chunk_size(spec: MixerSpec) -> int:
     """Queries handled at once: whole blocks of the window, not fewer than MIN_CHUNK tokens."""
     return spec.window * max(1, MIN_CHUNK // spec.window)
 
 
 def near_chunked(
-    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int, spec: MixerSpec, score: Scores
-) -> Part:
+    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int, spec: MixerSpec, score: Scores,
+    after: Tensor | None = None,
+) -> tuple[Part, Tensor | None]:  # fmt: skip
     """T new queries q (B, G, R, T, D) over keys k (B, G, lead + T, D) whose first `lead` came before them.
 
-    `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .).
+    `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .), and
+    where `after` (B,) is given, the attention that each key (B, G, lead + T) received from queries before that position.
     """
     time, size = q.shape[3], min(chunk_size(spec), max(q.shape[3], 1))
     pad = -time % size
@@ -109,8 +138,15 @@ def near_chunked(
     if spec.sinks:
         sink = torch.arange(spec.sinks, device=q.device)
         groups.insert(0, Keys(sink_k[:, :, None], sink_v[:, :, None], sink <= query))
-    part = attend(q, groups, score)
-    return Part(part.numerator[..., :time, :], part.denominator[..., :time], part.top[..., :time])
+    part, weights = attend(q, groups, score)
+    part = Part(part.numerator[..., :time, :], part.denominator[..., :time], part.top[..., :time])
+    if after is None:
+        return part, None
+    got = received(weights, query < after[:, None, None, None, None], query - key, spec.window)
+    place = starts[:, None] + torch.arange(lead + size, device=q.device)
+    total = got.new_zeros(*got.shape[:2], lead + time + pad)
+    total = total.scatter_reduce(2, place.flatten().expand(*got.shape[:2], -1), got.flatten(2), "amax")
+    return part, total[..., : lead + time]
 
 
 def ring_positions(count: Tensor, capacity: int) -> Tensor:
@@ -121,12 +157,16 @@ def ring_positions(count: Tensor, capacity: int) -> Tensor:
 
 def near_step(
     q: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, spec: MixerSpec, score: Scores
-) -> Part:
-    """One query q (B, G, R, 1, D) over the ring (B, G, R, .) and sinks, both holding the query's own token; `count` includes it."""
+) -> tuple[Part, Tensor]:
+    """One query q (B, G, R, 1, D) over the ring (B, G, R, .) and sinks, both holding the query's own token; `count` includes it.
+
+    Returns the part, and the attention (B, G, R) that each place of the ring got.
+    """
     query = count[:, None, None, None, None] - 1
     key = ring_positions(count, spec.recent)[:, None, None, None]
     groups = [Keys(ring_k[:, :, None], ring_v[:, :, None], visible(spec, query, key))]
     if spec.sinks:
         sink = torch.arange(spec.sinks, device=q.device)
         groups.insert(0, Keys(sink_k[:, :, None], sink_v[:, :, None], sink <= query))
-    return attend(q.unsqueeze(3), groups, score)
+    part, weights = attend(q.unsqueeze(3), groups, score)
+    return part, received(weights, torch.ones_like(query, dtype=torch.bool), query - key, spec.window)[:, :, 0]

@@ -2,17 +2,18 @@
 
 from linearize.testing.models import linearized, random_inputs, random_mixer, randomise, tiny_llama, tiny_shape
 from linearize.testing.oracle import oracle
-from linearize.testing.points import Point, legal_points, method_points, pairwise_points
+from linearize.testing.points import Point, method_points, own_points, pairwise_points, random_points
 
 __all__ = [
     "Point",
-    "legal_points",
     "linearized",
     "method_points",
     "oracle",
+    "own_points",
     "pairwise_points",
     "random_inputs",
     "random_mixer",
+    "random_points",
     "randomise",
     "tiny_llama",
     "tiny_shape",

@@ -1,4 +1,4 @@
-"""A whole mixer straight from its equations: near by masks, far by a loop over tokens. Parameters and feature maps are shared."""
+"""A whole mixer straight from its equations: near by masks, slots and far by a loop. Parameters and feature maps are shared."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.modeling.mixer import Inputs, Mixer
+from linearize.testing.oracle_memory import Memory, gates
 
 
 def oracle(mixer: Mixer, inputs: Inputs) -> Tensor:
@@ -33,85 +34,180 @@ class Document:
         self.hidden = None if inputs.hidden is None else inputs.hidden[row, at]
         self.cos = None if inputs.cos is None else inputs.cos.expand(len(inputs.q), -1, -1)[row, at]
         self.sin = None if inputs.sin is None else inputs.sin.expand(len(inputs.q), -1, -1)[row, at]
-        self.time = len(at)
+        self.time, self.heads, self.kv_heads = len(at), len(self.q), len(self.k)
+        self.exact: list[list[list[int]]] = []  # for each time and kv head, the tokens in its slots
+        self.entered: list[list[int]] = [[] for _ in range(self.kv_heads)]  # in order of entry
+        self.memories: list[Memory] = []
+        if self.spec.has_far:
+            self.far_k = self.activated(self.convolved(self.unrotated(self.k), mixer.conv_k))
+            far_v = self.convolved(self.v, mixer.conv_v)
+            self.far_v = self.activated(far_v) if self.spec.conv_v else far_v
+            made = gates(self)
+            self.memories = [Memory(self, m, made) for m in range(mixer.memories)]
+
+    # ---- output ----
 
     def output(self) -> Tensor:
         """(T, H, V)."""
-        spec = self.spec
-        if spec.merge == "near":
+        reads, masses = self.simulate()
+        if self.spec.merge == "near":
             numerator, denominator, _ = self.near()
             return (numerator / denominator[..., None]).transpose(0, 1)
-        far, mass = self.far()
-        alone = far / torch.where(mass == 0, 1.0, mass)[..., None] if spec.normalise else far
-        if spec.merge == "far":
-            return alone.transpose(0, 1)
+        far = reads / torch.where(masses == 0, 1.0, masses)[..., None] if self.spec.normalise else reads
+        far = self.transformed(far)
+        return (far if self.spec.merge == "far" else self.merged(far, masses)).transpose(0, 1)
+
+    def merged(self, far: Tensor, masses: Tensor) -> Tensor:
+        spec, merge = self.spec, self.mixer.merge
         numerator, denominator, top = self.near()
-        if spec.merge == "sum":
-            mixed = spec.near_weight * numerator / denominator[..., None] + (1 - spec.near_weight) * alone
-            return mixed.transpose(0, 1)
-        weight = (self.far_log_mass(top) - top).exp()
-        return ((numerator + weight[..., None] * far) / (denominator + weight * mass)[..., None]).transpose(0, 1)
+        if spec.merge == "denominator":
+            if not spec.normalise:
+                begun = torch.tensor([bool(self.began(t)) for t in range(self.time)]).to(far)
+                masses = begun.expand(self.heads, -1)
+            weight = (self.far_log_mass(top) - top).exp() * masses
+            return (numerator + weight[..., None] * far) / (denominator + weight)[..., None]
+        near = numerator / denominator[..., None]
+        if spec.merge == "gate":
+            share = torch.sigmoid(self.projected(merge.gate))
+            return share * near + (1 - share) * far
+        rest = 1 - spec.near_weight if spec.far_weight is None else spec.far_weight
+        own, other = (spec.near_weight, rest) if merge.weights is None else merge.weights[:, :, None, None]
+        return own * near + other * far
+
+    def transformed(self, far: Tensor) -> Tensor:
+        """Skip, norm, gate and map of the far output (H, T, V), a head at a time."""
+        output, done = self.mixer.output, []
+        gate = None if output.gate is None else self.projected(output.gate)
+        for h, o in enumerate(far):
+            if output.skip is not None:
+                o = o + output.skip[h] * self.far_v[h * self.kv_heads // self.heads]
+            if self.spec.norm == "group":
+                o = o - o.mean(-1, keepdim=True)
+            if self.spec.norm != "none":
+                o = o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * output.weight[h]  # type: ignore[index]
+            if gate is not None:
+                o = o * (gate[h] * torch.sigmoid(gate[h]) if self.spec.out_gate == "silu" else torch.sigmoid(gate[h]))
+            done.append(o if output.map is None else o @ output.map[h])
+        return torch.stack(done)
+
+    # ---- near ----
 
     def near(self) -> tuple[Tensor, Tensor, Tensor]:
-        """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top), top = max_j s_j over sinks and window; top carries no gradient."""
-        seen = self.seen()
-        repeats = self.q.shape[0] // self.k.shape[0]
+        """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top), top = max_j s_j over sinks, window and slots; top carries no gradient."""
+        seen = self.seen().expand(self.heads, -1, -1).clone()
+        for t, exact in enumerate(self.exact):
+            for h in range(self.heads):
+                seen[h, t, exact[h * self.kv_heads // self.heads]] = True
+        numerator, weights, top = self.attention(seen)
+        denominator = weights.sum(-1)
+        if self.mixer.null is not None:
+            null = self.mixer.null[:, None]
+            new = torch.maximum(top, null.detach().max(-1).values)
+            factor = (top - new).exp()
+            return numerator * factor[..., None], denominator * factor + (null - new[..., None]).exp().sum(-1), new
+        return numerator, denominator, top
+
+    def attention(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        repeats = self.heads // self.kv_heads
         scores = torch.einsum("htd,hjd->htj", self.q, self.k.repeat_interleave(repeats, 0)) * self.score.scale
         if self.score.softcap is not None:
             scores = self.score.softcap * torch.tanh(scores / self.score.softcap)
         top = scores.detach().masked_fill(~seen, -torch.inf).max(-1).values
         weights = (scores - top[..., None]).exp() * seen
-        return weights @ self.v.repeat_interleave(repeats, 0), weights.sum(-1), top
+        return weights @ self.v.repeat_interleave(repeats, 0), weights, top
 
     def seen(self) -> Tensor:
-        """Which tokens (T queries, T keys) the near half shows."""
+        """Which tokens (T queries, T keys) sinks and window show."""
         t, j, width = torch.arange(self.time)[:, None], torch.arange(self.time), self.spec.window
         first = t - width + 1 if self.spec.window_kind == "sliding" else (t // width - 1) * width
         return (j <= t) & ((j < self.spec.sinks) | (j >= first))
 
-    def far(self) -> tuple[Tensor, Tensor]:
-        """phi(q_t)^T S_t (H, T, V) and phi(q_t)^T z_t (H, T), tokens entering one by one at their time."""
-        memories, queries = self.mixer.memories, self.query_features()
-        (phi, gate), v = self.entering(), self.v[self.source()]
-        state, mass = phi.new_zeros(memories, phi.shape[-1], v.shape[-1]), phi.new_zeros(memories, phi.shape[-1])
-        reads, masses = [], []
+    def leaves(self, j: int) -> int:
+        """The query at which token j is no longer in the window."""
+        width = self.spec.window
+        return j + width if self.spec.window_kind == "sliding" else (j // width + 2) * width
+
+    def began(self, t: int) -> int:
+        """How many tokens have entered the memories at query t."""
+        return max(sum(self.leaves(j) <= t for j in range(self.spec.sinks, self.time)) - self.spec.slots, 0)
+
+    # ---- slots and far ----
+
+    def simulate(self) -> tuple[Tensor, Tensor]:
+        """phi(q_t)^T S_t (H, T, V) and phi(q_t)^T z_t (H, T), with tokens entering one by one at their time."""
+        spec, slots = self.spec, [dict[int, float]() for _ in range(self.kv_heads)]
+        received, recalled = self.received() if spec.has_near else None, [dict[int, float]() for _ in range(self.kv_heads)]
+        reads: list[list[Tensor]] = [[] for _ in range(self.heads)]
+        masses: list[list[Tensor]] = [[] for _ in range(self.heads)]
         for t in range(self.time):
-            for j in (j for j in range(self.time) if self.entry(j) == t):
-                decay = gate[:, j].exp()  # (M, K or 1)
-                state = decay[..., None] * state + phi[:, j, :, None] * v[:, j, None, :]
-                mass = decay * mass + phi[:, j]
-            reads.append(torch.stack([q[t] @ state[h * memories // len(queries)] for h, q in enumerate(queries)]))
-            masses.append(torch.stack([q[t] @ mass[h * memories // len(queries)] for h, q in enumerate(queries)]))
-        return torch.stack(reads, 1), torch.stack(masses, 1)
+            leaving = [j for j in range(spec.sinks, self.time) if self.leaves(j) == t] if spec.has_near else []
+            for g in range(self.kv_heads):
+                if spec.scores_recall and t % spec.window == 0:
+                    for j in (j for j in range(spec.sinks, t) if t <= self.leaves(j) < t + spec.window):
+                        recalled[g][j] = self.recall_error(g, j)
+                for j in leaving:
+                    lost: int | None = j
+                    if spec.slots:
+                        lost = compete(slots[g], j, self.slot_score(g, j, received, recalled[g]), spec.slots)
+                    if lost is not None and spec.coverage == "older":
+                        self._enter(g, lost)
+                if spec.coverage == "all" and spec.has_far:
+                    self._enter(g, t)
+            self.exact.append([sorted(own) for own in slots])
+            for h in range(self.heads if spec.has_far else 0):
+                memory = self.memories[h * len(self.memories) // self.heads]
+                read, mass = memory.read(self.query_features()[h, t], t)
+                reads[h].append(read)
+                masses[h].append(mass)
+        if not spec.has_far:
+            return self.v, self.v
+        return torch.stack([torch.stack(x) for x in reads]), torch.stack([torch.stack(x) for x in masses])
 
-    def source(self) -> Tensor:
-        """The kv head whose keys memory m holds."""
-        return torch.arange(self.mixer.memories) // (self.mixer.memories // self.k.shape[0])
+    def _enter(self, g: int, j: int) -> None:
+        self.entered[g].append(j)
+        for memory in self.memories:
+            if memory.source == g:
+                memory.enter(j)
 
-    def entering(self) -> tuple[Tensor, Tensor]:
-        """phi(k) (M, T, K) and log-decays (M, T, K or 1), computed where each token stands."""
-        keys = self.convolved(self.unrotated(self.k), self.mixer.conv_k)
-        return self.mixer.map_k(keys[self.source()][None])[0], self.gate(self.source())
+    def slot_score(self, g: int, j: int, received: Tensor | None, recalled: dict[int, float]) -> float:
+        kind = self.spec.slot_score
+        if kind == "norm":
+            return -float(self.k[g, j].detach().norm())
+        attention = float(received[g, j]) if received is not None and kind != "recall" else 1.0
+        return attention * (recalled[j] if kind != "attention" else 1.0)
 
-    def entry(self, j: int) -> int:
-        """The query at which token j is first in the far memory."""
-        if self.spec.coverage == "all":
-            return j
-        if j < self.spec.sinks:
-            return -1
-        return j + self.spec.window if self.spec.window_kind == "sliding" else (j // self.spec.window + 2) * self.spec.window
+    def received(self) -> Tensor:
+        """The largest share of attention (G, T) that a token got from a query of its group more than w // 8 away."""
+        weights = self.attention(self.seen().expand(self.heads, -1, -1))[1].detach()
+        shares = weights / weights.sum(-1, keepdim=True)
+        t, j = torch.arange(self.time)[:, None], torch.arange(self.time)
+        far = (t - j > self.spec.window // 8) & (j >= self.spec.sinks)
+        best: Tensor = (shares * far).amax(1).unflatten(0, (self.kv_heads, -1)).amax(1)
+        return best
+
+    def recall_error(self, g: int, j: int) -> float:
+        errors, v = [], self.far_v[g, j]
+        for memory in self.memories:
+            if memory.source == g:
+                read, mass = memory.read(memory.own_key(j), j)
+                got = read / mass if self.spec.normalise and mass > 0 else read
+                errors.append((got - v).pow(2).sum() / v.pow(2).sum().clamp(min=1e-12))
+        return float(torch.stack(errors).mean().detach())
 
     def far_query(self) -> Tensor:
-        return self.convolved(self.unrotated(self.q), self.mixer.conv_q)
+        q = self.activated(self.convolved(self.unrotated(self.q), self.mixer.conv_q))
+        return q * q.shape[-1] ** -0.5 if self.spec.scaled else q
 
     def query_features(self) -> Tensor:
         """phi(q) (H, T, K): a head's own map, or its memory's where maps are tied."""
-        q, memories = self.far_query(), self.mixer.memories
+        q, memories, position = self.far_query(), self.mixer.memories, torch.arange(self.time)[None]
         if self.mixer.map_q is not None:
-            return self.mixer.map_q(q[None])[0]  # type: ignore[no-any-return]
+            return self.mixer.map_q(q[None], position)[0]  # type: ignore[no-any-return]
         readers = len(q) // memories
-        phi = [self.mixer.map_k(q[r::readers][None])[0] for r in range(readers)]  # the r-th reader of every memory
+        phi = [self.mixer.map_k(q[r::readers][None], position)[0] for r in range(readers)]  # the r-th reader of every memory
         return torch.stack(phi, 1).flatten(0, 1)
+
+    # ---- parts ----
 
     def unrotated(self, x: Tensor, always: bool = False) -> Tensor:
         """x e^(-i angle) on pairs (x_c, x_(c + D/2)) of the rotary channels."""
@@ -129,16 +225,15 @@ class Document:
         steps = [sum(taps[-1 - i] * x[:, t - i] for i in range(min(len(taps), t + 1))) for t in range(self.time)]
         return torch.stack(steps, 1)  # type: ignore[arg-type]
 
-    def gate(self, source: Tensor) -> Tensor:
-        spec = self.spec
-        gate: Any = self.mixer.gate
-        if spec.decay == "none":
-            return self.k.new_zeros(len(source), self.time, 1)
-        if spec.decay == "key":
-            return torch.sigmoid(self.unrotated(self.k, always=True))[source].log() / spec.gate_divisor
-        weight = gate.up if gate.down is None else gate.up @ gate.down
-        logits = torch.einsum("tc,oc->to", self.hidden, weight) + gate.bias
-        return (torch.sigmoid(logits).log() / spec.gate_divisor).view(self.time, len(source), -1).transpose(0, 1)
+    def activated(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x) if self.spec.conv_silu else x
+
+    def projected(self, projection: Any) -> Tensor:
+        """W x + b of the layer's input: (heads, T, width)."""
+        assert self.hidden is not None
+        weight = projection.up if projection.down is None else projection.up @ projection.down
+        y = torch.einsum("tc,oc->to", self.hidden, weight) + projection.bias
+        return y.view(self.time, projection.heads, projection.width).transpose(0, 1)  # type: ignore[no-any-return]
 
     def far_log_mass(self, top: Tensor) -> Tensor:
         """a_t = u_h . q_t + b_h + c_h top_t (H, T), or the part of it that the spec has."""
@@ -147,4 +242,15 @@ class Document:
             return top
         if self.spec.far_mass == "head":
             return top + mass.bias[:, None]
-        return torch.einsum("htd,hd->ht", self.far_query(), mass.query) + mass.bias[:, None] + mass.near[:, None] * top
+        plain = self.activated(self.convolved(self.unrotated(self.q), self.mixer.conv_q))
+        return torch.einsum("htd,hd->ht", plain, mass.query) + mass.bias[:, None] + mass.near[:, None] * top
+
+
+def compete(slots: dict[int, float], j: int, score: float, size: int) -> int | None:
+    """Put token j among the slots: the token that loses its place, or None; of equal scores the newer loses."""
+    slots[j] = score
+    if len(slots) <= size:
+        return None
+    loser = min(slots, key=lambda token: (slots[token], -token))
+    del slots[loser]
+    return loser

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any, NamedTuple
 
-from linearize.methods import get, make, names
-from linearize.modeling.spec import CHOICES, MixerSpec
+from linearize.methods import get, make, single_names
+from linearize.methods.base import PUBLISHED
+from linearize.modeling.spec import CHOICES, WINDOWS, MixerSpec
 
 
 class Point(NamedTuple):
@@ -18,37 +19,66 @@ class Point(NamedTuple):
     spec: MixerSpec
 
 
-SMALL = {"window": 4, "sinks": 2, "gate_rank": 3}
-VARIED: dict[str, tuple[object, ...]] = {"share_kv": (False, True), "window_kind": ("sliding", "terraced")}
+SMALL = {"window": 4, "sinks": 2, "gate_rank": 3, "feature_dim": 4, "max_length": 200, "slots": 3}
+NEAR = {"window": 4, "sinks": 2}
+HEADLINE = ("default", "hedgehog", "lolcats", "liger", "lawcat", "gated-deltanet")
+REPRESENTATIVE = (*HEADLINE, "gsa", "gateloop", "mom", "rwkv7", "mamba2", "lola")  # each engine and kind of state
+VARIED: tuple[dict[str, Any], ...] = (
+    {"window_kind": "sliding", "share_kv": False}, {"window_kind": "terraced", "share_kv": True},
+    {"window_kind": "sliding", "share_kv": True, "slots": 3},
+)  # fmt: skip
 
 
-def method_points() -> list[Point]:
-    """Every registered method at a small size: as published, then with window, sinks, sharing and window kinds it takes."""
+def own_points() -> dict[str, MixerSpec]:
+    """Every method that is one mixer, as published, at a small size."""
+    return {name: make(name, small(name), PUBLISHED).point() for name in single_names()}
+
+
+def small(name: str) -> dict[str, int]:
+    """The sizes that a method has, small; slots only where it has them."""
+    defaults = {option["key"]: option["default"] for option in get(name).options()}
+    return {key: value for key, value in SMALL.items() if defaults.get(key)}
+
+
+def method_points(chosen: tuple[str, ...] = ()) -> list[Point]:
+    """Every method (or those chosen) at a small size; the headline ones also calibrated, and with window, sinks, sharing, slots."""
     points: dict[MixerSpec, str] = {}
-    for name in names():
-        defaults = {option["key"]: option["default"] for option in get(name).options()}
-        published = {key: value for key, value in SMALL.items() if defaults.get(key)}
-        small = {key: value for key, value in SMALL.items() if key in defaults}
-        varied = {key: values for key, values in VARIED.items() if key in defaults}
-        chosen = [published] + [{**small, **dict(zip(varied, values, strict=True))} for values in product(*varied.values())]
-        for options in chosen:
-            label = "-".join([name, *(f"{key}={value}" for key, value in options.items() if key != "gate_rank")])
-            points.setdefault(make(name, options).mixer(), label)
+    for name, spec in own_points().items():
+        if chosen and name not in chosen:
+            continue
+        points.setdefault(spec, name)
+        if spec.max_length:  # positions of tokens that leave a window
+            for kind in WINDOWS:
+                beside = make(name, {**small(name), **NEAR, "window_kind": kind}).point()
+                points.setdefault(beside, f"{name}-window_kind={kind}")
+        if name in HEADLINE:
+            points.setdefault(make(name, small(name)).point(), f"{name}-calibrated")
+            for varied in VARIED:
+                spec = make(name, {**small(name), **NEAR, **varied}).point()
+                points.setdefault(spec, "-".join([name, *(f"{key}={value}" for key, value in varied.items())]))
     return [Point(label, spec) for spec, label in points.items()]
 
 
+MAPS = ("identity", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's
 AXES: dict[str, tuple[Any, ...]] = {
-    **CHOICES, "window": (0, 1, 3), "sinks": (0, 2), "conv": (0, 3), "share_kv": (False, True), "tied_maps": (False, True),
-    "normalise": (True, False), "far_rope": (True, False), "feature_dim": (0, 6), "gate_rank": (0, 3),
+    **CHOICES, "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "slots": (0, 2), "conv": (0, 3),
+    "share_kv": (False, True), "tied_maps": (False, True), "normalise": (True, False), "far_rope": (True, False),
+    "feature_dim": (0, 4), "gate_rank": (0, 3),
+    "negative": (False, True), "deltas": (1, 2), "rank_one": (False, True), "experts": (0, 3), "active": (0, 2),
+    "learned_weights": (False, True), "null_logits": (0, 2), "out_map": (False, True), "skip": (False, True),
+    "conv_v": (False, True), "conv_silu": (False, True), "scaled": (False, True),
 }  # fmt: skip
+BARE = MixerSpec(merge="near", feature_map="identity", window=3, share_kv=True)
 FIXED: dict[str, Any] = {"near_weight": 0.3, "gate_divisor": 2.0}
 
 
-def legal_points() -> Iterator[Point]:
-    """The full product of AXES, legal points only."""
-    for values in product(*AXES.values()):
-        spec = MixerSpec(**dict(zip(AXES, values, strict=True)), **FIXED)
-        if not spec.problems():
+def random_points(number: int, seed: int = 0) -> Iterator[Point]:
+    """Legal points drawn at random from the product of AXES, which is far too large to be walked."""
+    chance = random.Random(seed)
+    while number:
+        spec = _complete({}, chance)
+        if spec is not None:
+            number -= 1
             yield Point(describe(spec), spec)
 
 
@@ -68,7 +98,7 @@ def pairwise_points() -> tuple[Point, ...]:
     points: dict[MixerSpec, None] = {}
     while waiting:
         pair = next(iter(waiting))
-        tries = 12 if any(_complete(dict(pair), chance) for _ in range(8)) else 0
+        tries = 12 if any(_complete(dict(pair), chance) for _ in range(4)) else 0
         found = [spec for spec in (_complete(dict(pair), chance) for _ in range(tries)) if spec is not None]
         del waiting[pair]
         if found:
@@ -84,16 +114,21 @@ def pairs(spec: MixerSpec) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 
 def _complete(pinned: dict[str, Any], chance: random.Random) -> MixerSpec | None:
-    """A random legal point with the pinned values: from any point, changes that leave no more problems, 80 at most."""
+    """A random legal point with the pinned values: from any point, the best value of one axis after another, 60 at most.
+
+    One in eight starts from the bare window, which almost every change of another point leads away from.
+    """
     point = {**{axis: chance.choice(choices) for axis, choices in AXES.items()}, **pinned, **FIXED}
-    spec = MixerSpec(**point)
+    if chance.random() < 1 / 8:
+        point = {**{axis: getattr(BARE, axis) for axis in AXES}, "slots": chance.choice((0, 2)), **pinned, **FIXED}
     free = [axis for axis in AXES if axis not in pinned]
-    for _ in range(80):
-        problems = spec.problems()
+    problems = len(MixerSpec(**point).problems())
+    for _ in range(60):
         if not problems:
-            return spec
+            return MixerSpec(**point)
         axis = chance.choice(free)
-        other = MixerSpec(**{**point, axis: chance.choice(AXES[axis])})
-        if len(other.problems()) <= len(problems):
-            spec, point = other, {**asdict(other)}
+        for value in chance.sample(AXES[axis], len(AXES[axis])):
+            left = len(MixerSpec(**{**point, axis: value}).problems())
+            if left <= problems:
+                point, problems = {**point, axis: value}, left
     return None

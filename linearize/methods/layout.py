@@ -1,0 +1,65 @@
+"""Which method each layer becomes: one for all, or a pattern that repeats over the layers, softmax among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from linearize import methods
+from linearize.errors import InputError
+from linearize.methods.base import AXES, CALIBRATED, Method, Stage
+from linearize.modeling.spec import MixerSpec
+
+SOFTMAX = "softmax"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a pattern: the method's name, the method, and the mixer that it gives."""
+
+    name: str
+    method: Method
+    mixer: MixerSpec
+
+
+def layout(name: str, options: Mapping[str, Any] | None = None, start: str = CALIBRATED) -> tuple[Place | None, ...]:
+    """The places of a method, a hybrid, or a list such as `gated-deltanet*3,softmax`; None stays softmax.
+
+    An option goes to every member that has it. InputError where none has, UsageError for an unknown name.
+    """
+    members = expand(name)
+    options = options or {}
+    own = {member: _options_of(member) for member in members if member != SOFTMAX}
+    if not own:
+        raise InputError(f"'{name}' converts no layer", "--method", "name at least one method, as in: liger*6,softmax")
+    for key in options:
+        if not any(key in known for known in own.values()):
+            methods.make(next(iter(own)), {key: options[key]}, start)  # says what is wrong with it
+    made = {
+        member: methods.make(member, {key: value for key, value in options.items() if key in known}, start)
+        for member, known in own.items()
+    }
+    return tuple(None if m == SOFTMAX else Place(m, made[m], made[m].point()) for m in members)
+
+
+def expand(name: str) -> tuple[str, ...]:
+    """`a*3,softmax` as ('a', 'a', 'a', 'softmax'); a hybrid as its pattern."""
+    found: list[str] = []
+    for part in name.split(","):
+        member, _, times = part.strip().partition("*")
+        if times and not times.isdigit():
+            raise InputError(f"cannot read '{part}'", "--method", "repeat a method as in: liger*6,softmax")
+        pattern = () if member == SOFTMAX else methods.get(member).pattern
+        found += (pattern or (member,)) * int(times or 1)
+    return tuple(found)
+
+
+def stages_of(name: str) -> tuple[Stage, ...]:
+    """The curriculum of a method or hybrid; of a list, and of a hybrid without one, that of the first member."""
+    own = methods.get(name).stages if name in methods.names() else ()
+    return own or methods.get(next(m for m in expand(name) if m != SOFTMAX)).stages
+
+
+def _options_of(member: str) -> set[str]:
+    return {f.name for f in fields(methods.get(member)) if f.name not in ("start", "axes")} | set(AXES)

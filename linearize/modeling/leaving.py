@@ -1,0 +1,214 @@
+"""How tokens leave the window: into slots, or into the far memory; and what the slots give up follows them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+from .far import Far
+from .frames import Frame
+from .memory import State, stored
+from .slots import Admission, Tokens, admit, recall_error
+from .spec import MixerSpec
+from .window import Keys, Part, Scores, attend
+
+
+@dataclass(frozen=True)
+class Queries:
+    """New tokens' queries: near (B, G, R, T, D), features (B, M, R', T, K) or None, routes (B, M, T, E) or None."""
+
+    near: Tensor
+    far: Tensor | None
+    route: Tensor | None
+    score: Scores
+
+
+class Leaving(Far):
+    """The far memory behind a window, and exact slots between the two."""
+
+    @property
+    def takes_leavers(self) -> bool:
+        return self.spec.has_far and self.spec.coverage == "older"
+
+    def _enter(
+        self, tokens: Tokens, valid: Tensor, position: Tensor, q: Tensor, far: Tensor, route: Tensor | None, one: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of the buffer go into the far memory, then queries q (B, M, R, T, K) read it."""
+        arrivals = {name: tokens[name] for name in self.spec.arrivals(self.shape)}
+        k, v = tokens.get("far_k", tokens["k"]), tokens.get("far_v", tokens["v"])
+        entries = self.entries(k, v, arrivals, position, valid)
+        return self.read(q, entries, far, route, terraced=0 if self.spec.block == 1 or one else self.spec.block, one=one)
+
+    # ---- many tokens ----
+
+    def leave(self, queries: Queries, joined: Tokens, state: State, after: State) -> tuple[Part | None, Tensor | None]:
+        """Move what left the window in a call; `joined` (B, ., R + T, .) holds recent and new tokens, `after` takes the new state.
+
+        Returns the part of the slots and the far read for each query.
+        """
+        spec, far = self.spec, None
+        time, dtype = queries.near.shape[3], queries.near.dtype
+        frame = Frame(spec, state["count"], after["count"], time, spec.window if spec.slots else spec.block)
+        if self.takes_leavers:
+            far = state["far"].to(dtype)
+        tokens = {name: frame.leaving(x) for name, x in joined.items()}
+        if not spec.slots:
+            if far is None or queries.far is None:
+                return None, None
+            route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
+            read, far = self._enter(tokens, frame.valid, frame.position, frame.queries(queries.far), far, route)
+            after["far"] = stored(far, state["far"].dtype, after["count"])
+            return None, frame.back(read)
+        return self._leave_through_slots(queries, frame, tokens, joined, state, after, far)
+
+    def _leave_through_slots(
+        self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
+    ) -> tuple[Part, Tensor | None]:
+        """One window's length of arrivals after another, since a score may read the memory as it was at that boundary."""
+        spec, dtype = self.spec, queries.near.dtype
+        near = frame.queries(queries.near)
+        features = None if queries.far is None else frame.queries(queries.far)
+        route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
+        slots, parts, reads, scores = held(state, dtype), [], [], []
+        for start in range(0, len(frame), spec.window):
+            block = slice(start, start + spec.window)
+            own = {name: x[:, :, block] for name, x in tokens.items()}
+            valid, position = frame.valid[:, block], frame.position[:, block]
+            if far is not None and spec.scores_recall:
+                begins = (frame.query[:, start] < after["count"]) & (start >= frame.offset)
+                own["scores"] = self._recalled(own, position, begins, far)
+                scores.append(own["scores"])
+            admission = self._admit(slots, own, valid)
+            slots = admission.slots
+            parts.append(self._slot_part(near[..., block, :], admission, queries.score))
+            if far is not None and features is not None:
+                own_route = None if route is None else route[:, :, block]
+                losers = admission.losers()
+                read, far = self._enter(losers, admission.out, position, features[..., block, :], far, own_route)
+                reads.append(read)
+        for name, x in slots.items():
+            after[f"slot_{name}"] = x.to(state[f"slot_{name}"].dtype)
+        if scores:
+            joined["scores"] = put_back(joined["scores"], torch.cat(scores, 2), frame.source)
+        if far is not None:
+            after["far"] = stored(far, state["far"].dtype, after["count"])
+        numerator, denominator, top = (
+            torch.cat([getattr(part, name) for part in parts], dim=3) for name in ("numerator", "denominator", "top")
+        )
+        part = Part(frame.back(numerator), *(frame.back(x[..., None])[..., 0] for x in (denominator, top)))
+        return part, frame.back(torch.cat(reads, dim=3)) if reads else None
+
+    def _admit(self, slots: Tokens, tokens: Tokens, valid: Tensor) -> Admission:
+        return admit(slots, {**{n: x for n, x in tokens.items() if n != "scores"}, "score": slot_score(self.spec, tokens)}, valid)
+
+    def _recalled(self, tokens: Tokens, position: Tensor, begins: Tensor, far: Tensor) -> Tensor:
+        """Scores (B, G, n, .) with the memory's recall error of those tokens where a window's length `begins` (B,)."""
+        scores = tokens["scores"]
+        with torch.no_grad():
+            arrivals = {name: tokens[name] for name in self.spec.arrivals(self.shape)}
+            k, v = tokens.get("far_k", tokens["k"]), tokens.get("far_v", tokens["v"])
+            error = recall_error(self.recall(k, v, arrivals, position, far), v, self.spec.normalise)
+            due = begins[:, None, None] & (position >= self.spec.sinks)[:, None]
+            last = torch.where(due, error, scores[..., -1])
+            return torch.cat([scores[..., :-1], last[..., None]], dim=-1)
+
+    def _slot_part(self, q: Tensor, admission: Admission, score: Scores) -> Part:
+        """Queries (B, G, R, n, D) of the arrivals' times over the slots as they were then."""
+        member = admission.member
+        if self.spec.block > 1:
+            member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
+        tokens = admission.candidates
+        group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
+        return attend(q.unsqueeze(3), [group], score)[0]
+
+    # ---- one token ----
+
+    def leave_step(self, queries: Queries, state: State, after: State) -> tuple[Part | None, Tensor | None]:
+        """The same for one new token."""
+        spec, count, dtype = self.spec, state["count"], queries.near.dtype
+        far = state["far"].to(dtype) if self.takes_leavers else None
+        offsets = torch.arange(spec.block, device=count.device)
+        position = (count - spec.recent)[:, None] + offsets
+        due = count % spec.block == 0
+        valid = due[:, None] & (position >= spec.sinks)
+        part = None
+        if spec.scores_recall and far is not None:
+            after["recent_scores"] = self._score_recent(state, far, dtype)
+        tokens: Tokens = {}
+        if spec.block == 1 or bool(due.any()):
+            index = (count[:, None] + offsets) % spec.recent
+            recent = {name: x for name, x in after.items() if name.startswith("recent_")}
+            tokens = {name.removeprefix("recent_"): gather(x, index).to(dtype) for name, x in recent.items()}
+            if spec.slots:
+                admission = self._admit(held(state, dtype), tokens, valid)
+                after.update({f"slot_{name}": x.to(state[f"slot_{name}"].dtype) for name, x in admission.slots.items()})
+                tokens, valid = admission.losers(), admission.out
+        if spec.slots:
+            k, v, there = after["slot_k"].to(dtype), after["slot_v"].to(dtype), after["slot_score"] > -torch.inf
+            part, _ = attend(
+                queries.near.unsqueeze(3), [Keys(k[:, :, None], v[:, :, None], there[:, :, None, None])], queries.score
+            )
+        if far is None or queries.far is None:
+            return part, None
+        if spec.block > 1:
+            far, tokens, valid, position = self._enter_block(tokens, valid, position, far, state, queries)
+        read, far = self._enter(tokens, valid, position, queries.far, far, queries.route, one=True)
+        after["far"] = stored(far, state["far"].dtype, after["count"])
+        return part, read
+
+    def _enter_block(
+        self, tokens: Tokens, valid: Tensor, position: Tensor, far: Tensor, state: State, queries: Queries
+    ) -> tuple[Tensor, Tokens, Tensor, Tensor]:
+        """A block that is due goes in; then a token that does not, for the query to read after it."""
+        if tokens:
+            assert queries.far is not None
+            q = queries.far.expand(-1, -1, -1, self.spec.block, -1)
+            route = None if queries.route is None else queries.route.expand(-1, -1, self.spec.block, -1)
+            far = self._enter(tokens, valid, position, q, far, route)[1]
+        first = {name.removeprefix("recent_"): x[:, :, :1].to(far.dtype) for name, x in state.items() if name.startswith("recent_")}
+        return far, first, torch.zeros_like(valid[:, :1]), position[:, :1]
+
+    def _score_recent(self, state: State, far: Tensor, dtype: torch.dtype) -> Tensor:
+        """The ring's scores, with the recall error of the tokens that leave next where a window's length begins."""
+        spec, count, scores = self.spec, state["count"], state["recent_scores"]
+        begins = count % spec.window == 0
+        if not bool(begins.any()):
+            return scores
+        offsets = torch.arange(spec.window, device=count.device)
+        index = (count[:, None] + offsets) % spec.recent
+        tokens = {
+            name.removeprefix("recent_"): gather(x, index).to(dtype) for name, x in state.items() if name.startswith("recent_")
+        }
+        found = self._recalled(tokens, (count - spec.recent)[:, None] + offsets, begins, far)
+        return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
+
+
+def held(state: State, dtype: torch.dtype) -> Tokens:
+    """The slots' tokens; their scores keep their own dtype."""
+    names = [name for name in state if name.startswith("slot_")]
+    return {n.removeprefix("slot_"): state[n] if n == "slot_score" else state[n].to(dtype) for n in names}
+
+
+def gather(ring: Tensor, index: Tensor) -> Tensor:
+    return ring.gather(2, index[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
+
+
+def put_back(joined: Tensor, values: Tensor, source: Tensor) -> Tensor:
+    """Values (B, G, P, w) of a frame's places in the buffer (B, G, R + T, w) that they came from at `source` (B, P)."""
+    size = joined.shape[2]
+    spare = torch.nn.functional.pad(joined, (0, 0, 0, 1))  # places outside the buffer write there
+    index = torch.where((source >= 0) & (source < size), source, size)
+    spare = spare.scatter(2, index[:, None, :, None].expand(joined.shape[0], joined.shape[1], -1, joined.shape[3]), values)
+    return spare[:, :, :size]
+
+
+def slot_score(spec: MixerSpec, tokens: Tokens) -> Tensor:
+    """Score (B, G, n) of tokens that leave: the attention they got, the memory's error on them, both, or a small key."""
+    if spec.slot_score == "norm":
+        return -tokens["k"].detach().square().sum(-1).sqrt()
+    return tokens["scores"].detach().prod(-1)

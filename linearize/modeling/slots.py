@@ -1,0 +1,89 @@
+"""Exact slots: of all tokens that left the window, the m with the highest score for each kv head stay exact.
+
+A token's score is fixed when it leaves, so a running top-m is exact; ties go to the older token. What a slot gives up is
+handed on: it enters the far memory at that moment (LoLA, McDermott et al. 2025, section 3; scores also after H2O and KeyDiff).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+Tokens = dict[str, Tensor]  # k, v and what else a token carries, each (B, kv heads or memories, n, .); score (B, G, n)
+EMPTY = -torch.inf
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What became of n arrivals: candidates (m slots, then the arrivals) and which of them each arrival leaves in a slot.
+
+    member (B, G, n, m + n); slots after all arrivals; `lost` (B, G, n) indexes the candidate that arrival i pushed out, where
+    `out` (B, n) says that there was one.
+    """
+
+    candidates: Tokens
+    member: Tensor
+    slots: Tokens
+    lost: Tensor
+    out: Tensor
+
+    def losers(self) -> Tokens:
+        """Tokens pushed out, in the order of the arrivals: (B, ., n, .)."""
+        return {name: pick(x, self.lost) for name, x in self.candidates.items()}
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens x (B, h, N, .) or (B, h, N) at index (B, G, n), h a multiple of G."""
+    index = index.repeat_interleave(x.shape[1] // index.shape[1], dim=1)
+    if x.dim() == 3:
+        return x.gather(2, index)
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
+    """Let arrivals compete for the slots, one after another; those that are not `valid` (B, n) are passed over."""
+    size, new = slots["score"].shape[2], arrivals["score"].shape[2]
+    device = valid.device
+    everything = {name: torch.cat([slots[name].to(x.dtype), x], dim=2) for name, x in arrivals.items()}
+    score = everything["score"].masked_fill(torch.nn.functional.pad(~valid, (size, 0), value=False)[:, None], EMPTY)
+    everything["score"] = score
+    there = score > EMPTY
+    age = torch.arange(size + new, device=device)
+    better = (score[..., :, None] > score[..., None, :]) | (
+        (score[..., :, None] == score[..., None, :]) & (age[:, None] < age)
+    )  # (B, G, i, j): i keeps its place against j
+    better = better & there[..., :, None]
+    ahead = better[..., :size, :].sum(2, keepdim=True) + better[..., size:, :].cumsum(2)  # (B, G, n, m + n)
+    arrived = age <= torch.arange(size, size + new, device=device)[:, None]
+    member = there[..., None, :] & arrived & (ahead < size)
+    before = torch.cat([there[..., None, :size].expand(-1, -1, 1, -1), member[..., :-1, :size]], dim=2)
+    was = torch.cat([before, torch.nn.functional.pad(member[..., :-1, size:], (0, 0, 1, 0))], dim=-1)
+    was = was | (torch.arange(size, size + new, device=device)[:, None] == age) & there[..., None, :]
+    pushed = was & ~member
+    out = pushed.any(-1)[:, 0]  # every kv head has seen as many tokens
+    last = member[..., -1, :]
+    order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
+    filled = pick(last, order)
+    kept = {name: pick(x, order) for name, x in everything.items() if name != "score"}
+    after = {name: x * _spread(filled, x) for name, x in kept.items()}
+    after["score"] = pick(score, order).masked_fill(~filled, EMPTY)
+    return Admission(everything, member, after, pushed.to(torch.uint8).argmax(-1), out)
+
+
+def _spread(filled: Tensor, like: Tensor) -> Tensor:
+    return filled.repeat_interleave(like.shape[1] // filled.shape[1], dim=1)[..., None].to(like.dtype)
+
+
+def recall_error(read: Tensor, v: Tensor, normalise: bool) -> Tensor:
+    """|v - S phi(k)|^2 / |v|^2 (B, G, n), the mean over a kv head's memories, of reads (B, M, n, V or V + 1) and v (B, G, n, V)."""
+    if normalise:
+        mass = read[..., -1:]
+        read = read[..., :-1] / torch.where(mass > 0, mass, 1.0)
+    apart = read.unflatten(1, (v.shape[1], -1))
+    error: Tensor = (apart - v[:, :, None]).square().sum(-1).mean(2)
+    return error / v.square().sum(-1).clamp(min=1e-12)

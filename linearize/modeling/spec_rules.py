@@ -1,0 +1,141 @@
+"""Which points of the mixer space are illegal, and why: standard library only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .spec_maps import MAPS
+
+PER_CHANNEL = ("key", "channel", "complex")
+LEARNED_GATES = ("head", "channel", "complex")
+
+Rule = tuple[bool, str]
+
+
+def rules(s: Any) -> list[Rule]:
+    """(broken, reason) for every rule of a MixerSpec whose fields have legal values."""
+    return [*_near(s), *_merge(s), *_memory(s), *_gate(s), *_far_output(s)]
+
+
+def _near(s: Any) -> list[Rule]:
+    return [
+        (s.has_near and s.window < 1, f"merge '{s.merge}' needs a window of at least 1 token"),
+        (
+            not s.has_near and bool(s.window or s.sinks or s.slots or s.null_logits),
+            "merge 'far' has no near half: set window=0, sinks=0, slots=0 and null_logits=0",
+        ),
+        (
+            not s.has_far and s.scores_recall,
+            f"slot_score '{s.slot_score}' reads the far memory, and merge 'near' has none",
+        ),
+        (not s.slots and s.slot_score != "attention", "a slot_score needs slots"),
+        (
+            s.scores_recall and s.coverage != "older",
+            f"slot_score '{s.slot_score}' reads a memory of older tokens: set coverage='older'",
+        ),
+        (
+            s.scores_recall and s.state_dtype != "float32",
+            f"slot_score '{s.slot_score}' chooses by what the memory holds to the last bit: set state_dtype='float32'",
+        ),
+        (bool(s.slots and s.max_length), "slots hand tokens on out of order: feature map 'cosformer' takes slots=0"),
+    ]
+
+
+def _merge(s: Any) -> list[Rule]:
+    shared = s.merge == "denominator"
+    return [
+        (s.has_far and not s.has_near and s.coverage != "all", "without a near half far must cover all tokens"),
+        (
+            shared and not s.normalise and s.far_mass == "none",
+            "a shared denominator needs normalise=true, or a far_mass of the memory's own",
+        ),
+        (shared and s.coverage != "older", "a shared denominator counts each token once: set coverage='older'"),
+        (s.far_mass != "none" and not shared, "far_mass belongs to merge 'denominator'"),
+        (s.learned_weights and s.merge != "sum", "learned_weights belong to merge 'sum'"),
+        (s.far_weight is not None and s.merge != "sum", "far_weight belongs to merge 'sum'"),
+        (not 0.0 <= s.near_weight <= 1.0, "near_weight must lie between 0 and 1"),
+        (s.far_weight is not None and s.far_weight < 0, "far_weight must be at least 0"),
+    ]
+
+
+def _memory(s: Any) -> list[Rule]:
+    return [
+        (
+            s.has_far and s.normalise and not MAPS[s.feature_map].positive,
+            f"a denominator needs a positive feature map: '{s.feature_map}' takes normalise=false",
+        ),
+        (s.normalise and s.decay == "complex", "a complex decay turns weights negative: it takes normalise=false"),
+        (
+            s.normalise and MAPS[s.feature_map].signed and s.decay in PER_CHANNEL,
+            f"features of '{s.feature_map}' are signed: with a denominator its decay must be the same for all channels",
+        ),
+        (s.rule != "additive" and s.normalise, f"rule '{s.rule}' has no denominator: set normalise=false"),
+        (
+            s.rule == "slots" and s.decay not in ("key", "channel"),
+            "rule 'slots' writes what its decay forgets: decay must be key or channel",
+        ),
+        (
+            s.rule == "slots" and MAPS[s.feature_map].positive,
+            "rule 'slots' compares keys as they are: feature_map identity or l2norm",
+        ),
+        (s.rule == "delta" and s.decay == "complex", "rule 'delta' takes a real decay"),
+        (s.rule != "delta" and (s.negative or s.deltas != 1 or s.rank_one), "negative, deltas and rank_one belong to rule 'delta'"),
+        (s.feature_map == "nala" and s.tied_maps, "feature map 'nala' treats queries and keys differently: tied_maps=false"),
+        (s.deltas < 1, "deltas must be at least 1"),
+        (s.rank_one and (s.deltas != 1 or s.negative), "rank_one takes one delta and beta below 1"),
+        (bool(s.experts) and not 1 <= s.active <= s.experts, "active must lie between 1 and experts"),
+        (not s.experts and bool(s.active), "active belongs to experts"),
+        (
+            bool(s.feature_dim) and not MAPS[s.feature_map].sized and s.rule != "slots",
+            f"feature map '{s.feature_map}' has a fixed width: set feature_dim=0",
+        ),
+        ((s.feature_map == "cosformer") != bool(s.max_length), "feature map 'cosformer', and no other, needs max_length"),
+        (not s.has_far and _far_fields(s), "merge 'near' has no far half: leave its fields at their defaults"),
+    ]
+
+
+def _far_fields(s: Any) -> bool:
+    plain = s.decay == "none" and s.norm == "none" and s.out_gate == "none" and s.rule == "additive" and s.gate_key == "none"
+    return not plain or bool(s.conv or s.experts or s.out_map or s.skip or s.scaled)
+
+
+def _gate(s: Any) -> list[Rule]:
+    step = s.gate_key == "step"
+    return [
+        (
+            s.decay == "key" and s.rule != "slots" and not MAPS[s.feature_map].by_channel,
+            "decay 'key' has one value a key channel: the map must keep the head dimension",
+        ),
+        (
+            s.rule == "slots" and s.decay == "key" and bool(s.feature_dim),
+            "decay 'key' gives as many slots as key channels: feature_dim=0",
+        ),
+        (s.gate_divisor <= 0, "gate_divisor must be positive"),
+        (
+            s.gate_form != "sigmoid" and s.decay not in LEARNED_GATES,
+            f"gate_form '{s.gate_form}' belongs to decay head, channel or complex",
+        ),
+        (bool(s.gate_rank) and s.decay not in LEARNED_GATES, "gate_rank belongs to decay head, channel or complex"),
+        (s.gate_key != "none" and s.rule != "additive", "gate_key belongs to rule 'additive'"),
+        (
+            s.gate_key == "complement" and (s.decay not in ("key", "channel") or not MAPS[s.feature_map].by_channel),
+            "gate_key 'complement' needs decay key or channel and a map that keeps the head dimension",
+        ),
+        (s.gate_key == "complement" and bool(s.conv), "gate_key 'complement' has no key to convolve: set conv=0"),
+        (
+            s.gate_key == "balance" and s.decay not in ("key", "head", "channel"),
+            "gate_key 'balance' needs decay key, head or channel",
+        ),
+        (
+            step and (s.gate_form != "softplus" or s.decay not in ("head", "channel")),
+            "gate_key 'step' needs gate_form softplus and decay head or channel",
+        ),
+        (s.rank_one and s.decay != "channel", "rank_one needs decay 'channel'"),
+    ]
+
+
+def _far_output(s: Any) -> list[Rule]:
+    return [
+        (s.conv == 1, "a convolution of one tap does nothing: conv must be 0 or at least 2"),
+        (not s.conv and (s.conv_v or s.conv_silu), "conv_v and conv_silu belong to a convolution"),
+    ]
