@@ -76,7 +76,9 @@ def test_every_verb_is_in_the_table() -> None:
 def test_every_method_is_in_the_table() -> None:
     from linearize.methods import names
 
-    assert set(names()) == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("## Methods")[2].partition("\n## ")[0], re.MULTILINE))
+    assert set(names()) == set(
+        re.findall(r"^\| `([\w-]+)` \|", TEXT.partition("## Methods")[2].partition("\n## ")[0], re.MULTILINE)
+    )
 
 
 def test_a_hub_model_without_a_hub(tmp_path: Path, shell: dict[str, str]) -> None:

@@ -35,6 +35,9 @@ CONFIGS = [
     Fault("unheard of", 4, "model_type 'gpt9'", "plan tiny", spoil.config(model_type="gpt9"), "nearest supported"),
     Fault("quantized", 4, "gptq", "plan tiny", spoil.config(quantization_config={"quant_method": "gptq"}), "unquantized"),
     Fault("wants to run code", 8, "wants to run code", "plan tiny", spoil.config(**CODE), "--trust-remote-code"),
+    Fault(
+        "longer than max_length", 3, "more than 16 tokens", "convert tiny --method cosformer --set max_length=16", fix="max_length"
+    ),
     Fault("already linearized", 4, r"already a linearized checkpoint \(default\)", "convert tiny-default", fix="distill"),
 ]
 WEIGHTS = [

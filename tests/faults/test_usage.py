@@ -24,7 +24,7 @@ USAGE = [
     Fault("option of another type", 3, "window must be int, got 'wide'", "plan tiny --set window=wide"),
     Fault("option not key=value", 2, "'window' is not key=value", "plan tiny --set window", fix="--set window=VALUE"),
     Fault("option set twice", 2, "'window' is set twice", "plan tiny --set window=1 --set window=2"),
-    Fault("illegal point", 3, "needs a window", "plan tiny --set window=0", fix="linearize methods default"),
+    Fault("illegal point", 3, "needs slots", "plan tiny --set slot_score=recall", fix="linearize methods default"),
     Fault("layer not there", 3, "layer 7 does not exist", "plan tiny --layers 7"),
     Fault("layers not readable", 3, "cannot read the layers 'x'", "plan tiny --layers x", fix="every:4"),
     Fault("number out of range", 2, "'--temperature'", "generate tiny-default --prompt a --temp -1"),

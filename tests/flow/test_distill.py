@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,8 +22,12 @@ from linearize.distillation import loop
 from linearize.distillation.run import distill
 from linearize.errors import Interrupted
 from linearize.loading import load
+from linearize.methods import make, names
 from linearize.modeling.modeling_linearized import mode
 from linearize.pipeline import evaluate
+from linearize.serving.generate import Settings
+from linearize.serving.session import Session
+from linearize.testing.points import HEADLINE
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT: dict[str, Any] = {"sequence": 64, "tokens": 64 * 24}
@@ -49,7 +54,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["default", "hedgehog", "lolcats", "liger", "lawcat"])
+@pytest.mark.parametrize("method", HEADLINE)
 def test_every_method_learns_and_loads(method: str, source: Path, text: Path, tmp_path: Path) -> None:
     folder = converted(source, text, tmp_path, method)
     taught = distill(folder, data=str(text), **SHORT)
@@ -65,6 +70,17 @@ def test_every_method_learns_and_loads(method: str, source: Path, text: Path, tm
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("q_proj" in name for name in changed), "LoRA was not merged"
     assert not any("mlp" in name or "embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("method", [name for name in names() if name not in HEADLINE])
+def test_every_other_method_goes_the_whole_way(method: str, source: Path, text: Path, tmp_path: Path) -> None:
+    """Convert with the calibrated start, one step of each stage, eval, chat."""
+    options = {"window": 8} if make(method).point().has_near else {}
+    folder = convert(str(source), method=method, output=tmp_path / method, calibration=text, options=options).path
+    taught = distill(folder, data=str(text), sequence=64, tokens=128)
+    found = evaluate(taught.path, data=str(text), tokens=128, recall=False)
+    assert all(math.isfinite(row["perplexity"]) for row in found.rows)
+    assert "".join(Session.of(*load(taught.path)).ask("Once", Settings(max_tokens=4)))
 
 
 def test_transfer_leaves_the_teacher_alone(source: Path, text: Path, tmp_path: Path) -> None:

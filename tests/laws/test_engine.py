@@ -6,16 +6,14 @@ import itertools
 
 import pytest
 import torch
+from forms import DTYPES, STRENGTHS, compare, with_gradients
 from torch import Tensor
 
 from linearize.modeling.recurrence_additive import chunked, reference, step
-from linearize.testing.laws import EXACT, assert_close
 
 CHUNKS = (0, 1, 3, 20)
 LENGTHS = (1, 2, 3, 4, 5, 9, 13, 37)
 DECAYS = ("none", "head", "channel")
-DTYPES = (torch.float64, torch.float32)
-STRENGTHS = {"weak": -0.05, "mixed": -2.0, "strong": -20.0}
 Tensors = list[Tensor]
 
 
@@ -39,16 +37,7 @@ def evaluate(form, stream: Tensors, **options: int) -> dict[str, Tensor]:
     """Outputs, final state, and the gradients of a sum of both."""
     leaves = [x.clone().requires_grad_() for x in stream]
     q, k, v, state, *gate = leaves
-    out, last = form(q, k, v, gate[0] if gate else None, state, **options)
-    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum() + last.sin().sum()
-    grads = torch.autograd.grad(loss, leaves)
-    return {"output": out.detach(), "state": last.detach(), **{f"gradient {i}": x for i, x in enumerate(grads)}}
-
-
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    for name, x in found.items():
-        assert torch.isfinite(x).all(), f"{what}, {name} is not finite"
-        assert_close(x, expected[name], EXACT[x.dtype], f"{what}, {name}")
+    return with_gradients(form(q, k, v, gate[0] if gate else None, state, **options), dict(enumerate(leaves)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,6 +76,15 @@ def test_terraced_forms_agree(decay: str, dtype: torch.dtype) -> None:
             out, state = chunked(q[..., piece, :], k[:, :, piece], v[:, :, piece], g, state, terraced=block)
             outputs.append(out)
         compare({"output": torch.cat(outputs, -2), "state": state}, expected, f"{time} tokens, a call for each block of {block}")
+
+
+@pytest.mark.parametrize("decay", DECAYS[1:])
+def test_strong_decays_before_weak_ones(decay: str) -> None:
+    """In one chunk, in fp32: differences of cumulative sums would lose the weak ones."""
+    stream = random_stream(64, decay, -1.0, torch.float32)
+    falling = 200.0 * torch.linspace(1, 0, 64) ** 6
+    stream[-1] = -falling.view(64, *[1] * (stream[-1].dim() - 3)) * torch.rand_like(stream[-1])
+    compare(evaluate(chunked, stream), evaluate(reference, stream), decay)
 
 
 def test_exponents_never_overflow() -> None:

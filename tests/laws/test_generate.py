@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from linearize.methods import names
 from linearize.modeling.spec import MixerSpec
-from linearize.testing import linearized, method_points, tiny_llama
+from linearize.testing import linearized, method_points, own_points, tiny_llama
 from linearize.testing.laws import assert_close
+from linearize.testing.points import REPRESENTATIVE
 
-POINTS = {f"{p.id}-{'mha' if i % 2 else 'gqa'}": (p.spec, 4 if i % 2 else 2, (0, 1)) for i, p in enumerate(method_points())}
+POINTS = {
+    f"{p.id}-{'mha' if i % 2 else 'gqa'}": (p.spec, 4 if i % 2 else 2, (0, 1)) for i, p in enumerate(method_points(REPRESENTATIVE))
+}
 POINTS["default-beside-softmax"] = (method_points()[0].spec, 2, (1,))
-PUBLISHED = [next(key for key in POINTS if key.startswith(name)) for name in names()]
+PUBLISHED = [next(key for key in POINTS if key.startswith(name)) for name in REPRESENTATIVE]
+REST = [name for name in own_points() if name not in REPRESENTATIVE]
 each_model = pytest.mark.parametrize("model", POINTS, indirect=True)
 each_method = pytest.mark.parametrize("model", PUBLISHED, indirect=True)
 NEW = 10  # more than two windows of four
@@ -50,11 +53,22 @@ WAYS = {"greedy": {}, "beams": {"num_beams": 4, "num_return_sequences": 3}}
 @each_model
 @pytest.mark.parametrize("way", WAYS)
 def test_with_a_cache_and_without(model: Any, way: str) -> None:
-    options, ids = WAYS[way], prompt(2, 11)
+    options, ids = WAYS[way], prompt(4, 11)
     cached = generate(model, ids, **options)
     assert torch.equal(cached, generate(model, ids, use_cache=False, **options))
-    assert cached.shape == (2 * options.get("num_return_sequences", 1), 11 + NEW)
+    assert cached.shape == (4 * options.get("num_return_sequences", 1), 11 + NEW)
     assert len(cached[:, 11:].unique()) > 3, "the model says too little for the comparison to mean anything"
+
+
+@pytest.mark.parametrize("name", REST)
+def test_every_other_method(name: str) -> None:
+    """The same for a left-padded batch."""
+    model, ids = model_of(own_points()[name], 2, (0, 1)), prompt(2, 11)
+    ids[0, :4] = 0
+    options = {"attention_mask": (ids > 0).long()}
+    cached = generate(model, ids, **options)
+    assert torch.equal(cached, generate(model, ids, use_cache=False, **options))
+    assert torch.equal(generate(model, ids[:1, 4:])[0], cached[0, 4:])
 
 
 def test_samples_with_a_cache_and_without() -> None:

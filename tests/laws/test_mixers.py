@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from linearize.modeling.spec import MixerSpec
-from linearize.testing import legal_points, method_points, pairwise_points, random_inputs, random_mixer, tiny_shape
+from linearize.testing import Point, method_points, pairwise_points, random_inputs, random_mixer, random_points, tiny_shape
 from linearize.testing.laws import LAWS, STREAMS, deviation, run
 from linearize.testing.points import AXES, pairs
 
-POINTS = [*method_points(), *pairwise_points()]
-SETTINGS = {f"{p.id}-{'mha' if i % 2 else 'gqa'}": (p.spec, 4 if i % 2 else 2) for i, p in enumerate(POINTS)}
+Setting = tuple[MixerSpec, int]
 LONG = 4096
+
+
+POINTS = [*method_points(), *pairwise_points()]  # each with GQA or MHA in turn
+SETTINGS: dict[str, tuple[MixerSpec, int]] = {
+    f"{p.id}-{'mha' if i % 2 else 'gqa'}": (p.spec, 4 if i % 2 else 2) for i, p in enumerate(POINTS)
+}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -63,14 +69,15 @@ def test_every_choice_is_in_some_point() -> None:
 
 @pytest.mark.exhaustive
 def test_pairwise_points_miss_no_legal_pair() -> None:
-    legal = set().union(*(pairs(point.spec) for point in legal_points()))
-    assert legal == set().union(*(pairs(point.spec) for point in pairwise_points()))
+    """The whole product cannot be walked: thousands of random legal points stand for it."""
+    legal = set().union(*(pairs(point.spec) for point in random_points(5000, seed=1)))
+    assert legal <= set().union(*(pairs(point.spec) for point in pairwise_points()))
 
 
 @pytest.mark.exhaustive
-def test_full_product() -> None:
-    for number, point in enumerate(legal_points()):
-        for law in ("equations", "split"):
+def test_random_points() -> None:
+    for number, point in enumerate(random_points(1000)):
+        for law in ("equations", "split", "padding", "handover"):
             try:
                 LAWS[law](point.spec, 4 if number % 2 else 2)
             except AssertionError as error:

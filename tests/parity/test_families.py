@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from linearize import convert_model
 from linearize.conversion.architectures import ARCHITECTURES
-from linearize.methods import make, names
+from linearize.methods import make
 from linearize.modeling.modeling_linearized import attentions, replaced
 from linearize.testing.families import tiny_family
 from linearize.testing.models import randomise
+from linearize.testing.points import HEADLINE
 
 LENGTH, PADS = 23, 6
 TOLERANCE = 1e-5  # relative to the largest logit, fp32
@@ -51,7 +52,7 @@ def test_a_window_over_everything_is_softmax(family: str) -> None:
     base, inputs = tiny_family(family), batch()
     expected = base(**inputs).logits
     model = converted(base, window=LENGTH)
-    with replaced(model, make("default", {"window": LENGTH}).mixer().near_only()):
+    with replaced(model, make("default", {"window": LENGTH}).point().near_only()):
         assert difference(model(**inputs).logits, expected, inputs["attention_mask"]) < TOLERANCE
         alone = model(inputs["input_ids"][:1]).logits
     assert difference(alone, expected[:1], inputs["attention_mask"][:1]) < TOLERANCE
@@ -114,7 +115,7 @@ def test_saved_and_loaded(family: str, layers: str, tmp_path: Path) -> None:
 
 
 @family
-@pytest.mark.parametrize("method, layers", [*((name, "all") for name in names()), ("default", "1")])
+@pytest.mark.parametrize("method, layers", [*((name, "all") for name in HEADLINE), ("default", "1")])
 @torch.no_grad()
 def test_generation_with_and_without_cache(family: str, method: str, layers: str) -> None:
     known = {option["key"] for option in make(method).options()}
