@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from linearize.modeling.spec import MixerSpec
-from linearize.testing import Point, method_points, pairwise_points, random_inputs, random_mixer, random_points, tiny_shape
+from linearize.testing import method_points, pairwise_points, random_inputs, random_mixer, random_points, tiny_shape
 from linearize.testing.laws import LAWS, STREAMS, deviation, run
 from linearize.testing.points import AXES, pairs
 
-Setting = tuple[MixerSpec, int]
 LONG = 4096
-
 
 POINTS = [*method_points(), *pairwise_points()]  # each with GQA or MHA in turn
 SETTINGS: dict[str, tuple[MixerSpec, int]] = {
