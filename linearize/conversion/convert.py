@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target, staged
-from linearize.conversion.architectures import architecture
 from linearize.conversion.calibration import calibrate
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.sources import ALIASES, Source, resolve
@@ -71,18 +70,18 @@ def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = Fa
 def attach(model: nn.Module, plan: Mapping[str, Any]) -> Any:
     """The linearized model around the given one's own modules: no weight is copied. The given model must not be used afterwards."""
     base: Any = model.config
-    arch = type(model).__name__.removesuffix("ForCausalLM")
-    config_class = linearized_class(arch, "Config")
+    made = linearized_class(type(model).__name__)
     values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "quantization_config", "auto_map")}
-    config = config_class(**values, linearize=dict(plan))
+    config = made.config_class(**values, linearize=dict(plan))
     config.name_or_path = ""  # never a path of this machine
     config.dtype = base.dtype
     with torch.device("meta"):
-        new = linearized_class(arch, "ForCausalLM")(config)
+        new = made(config)
     for name, child in model.named_children():
         setattr(new, name, child)
-    for module in new.modules():
-        if hasattr(module, "config") and module.config is base and not hasattr(module, "q_proj"):
+    attention = re.compile(re.sub(r"\d+", r"\\d+", re.escape(plan["layers"][0]["module"])))
+    for name, module in new.named_modules():  # attention keeps the base's: kept layers and teachers stay as they were
+        if getattr(module, "config", None) is base and not attention.fullmatch(name):
             module.config = config
     new.generation_config = getattr(model, "generation_config", None)
     base._attn_implementation_internal = base._attn_implementation_internal or "sdpa"
@@ -117,7 +116,6 @@ def convert_model(
 
 def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: int, progress: Progress) -> tuple[Any, list[float]]:
     """Attach the plan's mixers to the model and start them on ids (B, T); returns it and each layer's relative error."""
-    architecture({**plan.source.config}, plan.source.id)
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # whatever a start draws depends on the seed alone

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from linearize import __version__
-from linearize.conversion.architectures import Architecture, architecture
+from linearize.conversion.architectures import Architecture
+from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import select_layers
 from linearize.conversion.sources import Source, resolve
 from linearize.errors import InputError
@@ -33,7 +34,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return int(self.source.config["num_hidden_layers"])
+        return self.architecture.layers(self.source.config)
 
     @property
     def state_bytes(self) -> int:
@@ -54,11 +55,13 @@ class Plan:
             "options": dict(self.options),
             "start": self.start,
             "softmax_layers": self.total - len(self.parts),
+            "max_positions": self.architecture.max_positions(self.source.config),
             "layers": [
                 {
                     "index": i,
                     "module": self.architecture.attention.format(i),
                     "cache": self.architecture.cache,
+                    "rope": self.architecture.rope_of(self.source.config, i),
                     "method": part.name,
                     "mixer": part.mixer.to_dict(),
                     "shape": asdict(self.shape),
@@ -106,9 +109,18 @@ def count_parameters(spec: MixerSpec, shape: Shape) -> int:
         return sum(parameter.numel() for parameter in Mixer(spec, shape).parameters())
 
 
+def family_of(source: Source) -> Architecture:
+    """The registered family of a source, or one that passes a self-check on random weights; UnsupportedError with the reason."""
+    if recognised(source.config) or source.format == "gguf":
+        return architecture(source.config, source.id)
+    from linearize.conversion.discovery import discover
+
+    return discover(source.config, source.id)
+
+
 def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
     """The plan for a known source; an error says which layer, option or method is wrong."""
-    family = architecture(source.config, source.id)
+    family = family_of(source)
     places = layout(method, options, start)
     chosen = select_layers(layers, family, source.config)
     parts = {layer: place for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None}

@@ -13,7 +13,7 @@ FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax) or keep
 
 def select_layers(selector: str | None, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
     """Indices of the layers to convert; the default is every layer whose cache grows. InputError names what is wrong."""
-    count = int(config["num_hidden_layers"])
+    count = architecture.layers(config)
     every = list(range(count))
     if selector in (None, "full"):
         return architecture.full_layers(config)

@@ -45,6 +45,7 @@ class LinearizedAttention(nn.Module):
     linearize_mode: str
     linearize_cache: str
     linearize_index: int
+    linearize_rope: str
     linearize_configs: dict[str, Any]
     linearize_observer: Observer | None
 
@@ -66,7 +67,7 @@ class LinearizedAttention(nn.Module):
         if call is None:
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
-        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin)
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope)
         if self.linearize_mode == "observe":
             target = softmax_attention(inputs)
             if self.linearize_observer is not None:
@@ -91,9 +92,15 @@ class LinearizedAttention(nn.Module):
 def attention_function(
     module: LinearizedAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    context, score = kwargs["linearize_context"], scores_of(query, kwargs)
+    return module.linearize_attend(query, key, value, attention_mask, context, score), None
+
+
+def scores_of(query: Tensor, kwargs: dict[str, Any]) -> Scores:
+    """What the attention interface's keywords say of the scores."""
     scale = kwargs.get("scaling")
-    score = Scores(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
-    return module.linearize_attend(query, key, value, attention_mask, kwargs["linearize_context"], score), None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
 
 
 def mask_function(batch_size: int, q_length: int, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -110,22 +117,33 @@ def softmax_attention(inputs: Inputs) -> Tensor:
     batch, _, time, _ = inputs.q.shape
     rows = make_rows(inputs.mask, inputs.segments, batch, time, inputs.q.device)
     q, k, v = ((x if rows is None else rows.gather(x)) for x in (inputs.q, inputs.k, inputs.v))
-    if inputs.score.softcap is None:
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=inputs.score.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    score = inputs.score
+    slides = score.sliding is not None and score.sliding < q.shape[2]
+    if score.softcap is None and score.null is None and not slides:
+        grouped = q.shape[1] != k.shape[1]
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=score.scale, enable_gqa=grouped)
     else:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        blocks = []
-        for start in range(0, q.shape[2], ROW_BLOCK):
-            block = q[:, :, start : start + ROW_BLOCK]
-            last = start + block.shape[2]
-            scores = inputs.score(block, k[:, :, :last]).float()
-            later = torch.arange(last, device=q.device) > torch.arange(start, last, device=q.device)[:, None]
-            blocks.append(scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, :last])
-        out = torch.cat(blocks, dim=2)
+        starts = range(0, q.shape[2], ROW_BLOCK)
+        out = torch.cat([_rows_attention(q[:, :, start : start + ROW_BLOCK], k, v, start, score) for start in starts], dim=2)
     return (out if rows is None else rows.scatter(out)).transpose(1, 2)
+
+
+def _rows_attention(q: Tensor, k: Tensor, v: Tensor, start: int, score: Scores) -> Tensor:
+    """The queries from token `start` on (B, H, n, D) over the keys that they see."""
+    last = start + q.shape[2]
+    first = 0 if score.sliding is None else max(start + 1 - score.sliding, 0)
+    scores = score(q, k[:, :, first:last]).float()
+    distance = torch.arange(start, last, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+    hidden = distance < 0
+    if score.sliding is not None:
+        hidden |= distance >= score.sliding
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if score.null is not None:
+        null = score.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, null], -1).softmax(-1)[..., :-1].to(v.dtype) @ v[:, :, first:last]
+    return scores.softmax(-1).to(v.dtype) @ v[:, :, first:last]
 
 
 def cache_layer(cache: Any, index: int) -> Any:
@@ -159,17 +177,20 @@ def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[base]
 
 
-def swap(attention: Any, mixer: Mixer, cache: str, index: int) -> None:
-    """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were."""
+def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half", sdpa: bool = True) -> None:
+    """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were.
+
+    `cache` is the keyword of its cache, `rope` a style of `unrotate`; without `sdpa` its own softmax is computed eagerly.
+    """
     config = copy.copy(attention.config)
     config._attn_implementation_internal = IMPLEMENTATION
     original = copy.copy(attention.config)
     if original._attn_implementation_internal in (None, IMPLEMENTATION):
-        original._attn_implementation_internal = "sdpa" if getattr(attention, "linearize_sdpa", True) else "eager"
+        original._attn_implementation_internal = "sdpa" if sdpa else "eager"
     attention.__class__ = linearized_attention_class(type(attention))
     attention.linearize = mixer
     attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
-    attention.linearize_cache, attention.linearize_index = cache, index
+    attention.linearize_cache, attention.linearize_index, attention.linearize_rope = cache, index, rope
     attention.linearize_observer = None
     set_mode(attention, "student")
 

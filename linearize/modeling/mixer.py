@@ -27,7 +27,7 @@ from .window import Part, Scores, entered, near_chunked, near_step
 class Inputs:
     """What an attention layer hands over: q (B, H, T, D), k (B, G, T, D), v (B, G, T, V) after RoPE, its input (B, T, hidden).
 
-    `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE.
+    `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE, in style `rope`.
     """
 
     q: Tensor
@@ -39,6 +39,7 @@ class Inputs:
     segments: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    rope: str = "half"
 
     def first(self, tokens: int) -> Inputs:
         """The same call cut to its first tokens."""
@@ -136,9 +137,9 @@ class Mixer(Leaving):
         hidden = None if inputs.hidden is None else take(inputs.hidden.to(dtype)[:, None])[:, 0]
         raw_k = k
         if not spec.far_rope or spec.decay == "key":
-            raw_k = take(unrotate(inputs.k.to(dtype), inputs.cos, inputs.sin))
+            raw_k = take(unrotate(inputs.k.to(dtype), inputs.cos, inputs.sin, inputs.rope))
         if not spec.far_rope:
-            far_q, far_k = take(unrotate(inputs.q.to(dtype), inputs.cos, inputs.sin)), raw_k
+            far_q, far_k = take(unrotate(inputs.q.to(dtype), inputs.cos, inputs.sin, inputs.rope)), raw_k
         if self.conv_q is not None and self.conv_k is not None:
             far_q, conv["conv_q"] = self.conv_q(far_q, past.get("conv_q"), lengths)
             far_k, conv["conv_k"] = self.conv_k(far_k, past.get("conv_k"), lengths)
@@ -183,7 +184,7 @@ class Mixer(Leaving):
             assert queries.far is not None
             read, far = self.read(queries.far, entries, state["far"].to(s.q.dtype), queries.route, one=True)
             after["far"] = stored(far, state["far"].dtype, count + 1)
-        return self._halves(near, read, s), after
+        return self._halves(near, read, s, score), after
 
     # ---- many tokens ----
 
@@ -212,7 +213,7 @@ class Mixer(Leaving):
             assert queries.far is not None
             read, far = self.read(queries.far, entries, before["far"].to(s.q.dtype), queries.route)
             after["far"] = stored(far, before["far"].dtype, after["count"])
-        halves = self._halves(near, read, s)
+        halves = self._halves(near, read, s, score)
         if not keep:
             return halves, None
         for name, x in joined.items():
@@ -253,8 +254,11 @@ class Mixer(Leaving):
         s = self._stream(inputs, None, None)
         return self.phi_q(s.far_q, s.position), self.keys(s.far_k, s.arrivals, s.position)[0]
 
-    def _halves(self, near: Part | None, read: Tensor | None, s: Stream) -> Halves:
-        near = None if near is None else self._with_null(near.flat())
+    def _halves(self, near: Part | None, read: Tensor | None, s: Stream, score: Scores) -> Halves:
+        if near is not None:
+            near = near.flat()
+            for null in (self.null, None if score.null is None else score.null[:, None]):
+                near = near if null is None else with_null(near, null)
         if read is None:
             return Halves(near, None, None, s)
         read, mass = read.flatten(1, 2), None
@@ -277,14 +281,13 @@ class Mixer(Leaving):
         factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)
         return self.merge(near, far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
 
-    def _with_null(self, near: Part) -> Part:
-        """Learned logits beside the near half's scores, with no value (Lizard's meta tokens): they only take weight away."""
-        if self.null is None:
-            return near
-        null = self.null.to(near.top.dtype)[:, None]
-        top = torch.maximum(near.top, null.detach().amax(-1))
-        factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
-        return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
+
+def with_null(near: Part, null: Tensor) -> Part:
+    """Logits (H, n) beside the near half's scores, with no value (learned sinks, Lizard's meta tokens): they only take weight."""
+    null = null.to(near.top.dtype)[:, None]
+    top = torch.maximum(near.top, null.detach().amax(-1))
+    factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
+    return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
 
 
 def with_attention(scores: Tensor, got: Tensor) -> Tensor:
