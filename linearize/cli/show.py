@@ -21,6 +21,7 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
         [
             ("model", "  ".join(x for x in (called, alias, made["architecture"], f"{count} layers") if x)),
             ("from", where),
+            ("limits", made.get("limits", "")),
             ("method", "  ".join(x for x in (made["method"], pairs(made["options"]), f"start {made['start']}") if x)),
         ]
     )

@@ -79,6 +79,17 @@ class Architecture:
             return self.rope if listed[layer] else "none"
         return self.rope
 
+    def special(self) -> list[str]:
+        """What is unlike Llama, in words."""
+        fused = sorted({name for name in self.projections.values() if list(self.projections.values()).count(name) > 1})
+        slides = f"all but one layer in {self.slides}" if isinstance(self.slides, int) else self.slides
+        found = {
+            "fused": " ".join(fused), "out": self.projections.get("o", "") if self.projections.get("o") != SEPARATE["o"] else "",
+            "cache": self.cache if self.cache != "past_key_values" else "", "RoPE": self.rope if self.rope != "half" else "",
+            "no RoPE in": {"full": "full layers", "listed": "listed layers"}.get(self.unrotated, ""), "sliding": slides,
+        }  # fmt: skip
+        return [f"{name} {value}" for name, value in found.items() if value]
+
     def max_positions(self, config: Mapping[str, Any]) -> int | None:
         """How many tokens a text may have where positions are learned; None where nothing ends it."""
         return int(self.value(config, "max_position_embeddings")) if self.learned_positions else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,7 +16,9 @@ OPTIONAL = ("num_key_value_heads", "head_dim")
 NO_INTERFACE = "its attention does not go through transformers' attention interface"
 RECURRENT = "it has no softmax attention to convert"
 ALREADY = "its layers are linear or recurrent already"
+BIDIRECTIONAL = "bidirectional encoders are not supported"
 REFUSED = {
+    **dict.fromkeys(("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"), BIDIRECTIONAL),
     **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), RECURRENT),
     **dict.fromkeys(
@@ -54,16 +57,40 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     reason = refusal(config)
     if reason is None and kind in ARCHITECTURES:
         return ARCHITECTURES[kind]
-    raise UnsupportedError(
-        f"model_type '{kind}' cannot be converted ({reason or 'it is not among the supported architectures'})", where,
-        f"nearest supported: {nearest(kind)}; all: linearize architectures",
-    )  # fmt: skip
+    raise refused(kind, where, reason or "it is not among the supported architectures")
+
+
+def refused(kind: str, where: str, reason: str) -> UnsupportedError:
+    fix = f"nearest supported: {nearest(kind)}; all: linearize architectures"
+    return UnsupportedError(f"model_type '{kind}' cannot be converted ({reason})", where, fix)
 
 
 def nearest(kind: str) -> str:
     """The supported family whose name is most like this one's."""
-    close = get_close_matches(kind, ARCHITECTURES, n=1, cutoff=0.3)
-    return close[0] if close else "llama"
+    longer = [name for name in ARCHITECTURES if kind and name.startswith(kind)]
+    return (longer or get_close_matches(kind, ARCHITECTURES, n=1, cutoff=0.3) or ["llama"])[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """supported | limits | refused | unknown, with the reason or the limits, and the nearest supported family."""
+
+    model_type: str
+    status: str
+    reason: str = ""
+    nearest: str | None = None
+
+
+def verdict(config: Mapping[str, Any]) -> Verdict:
+    """What is known of a model before anything of it is loaded."""
+    kind = str(config.get("model_type", ""))
+    reason = refusal(config)
+    if reason is not None:
+        return Verdict(kind, "refused", reason, nearest(kind))
+    if kind not in ARCHITECTURES:
+        return Verdict(kind, "unknown", "convert tries it: a self-check on random weights decides", nearest(kind))
+    limits = ARCHITECTURES[kind].limits
+    return Verdict(kind, "limits" if limits else "supported", limits)
 
 
 def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
@@ -72,6 +99,8 @@ def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool)
     if config.get("linearize"):
         method = config["linearize"].get("method", "?")
         raise UnsupportedError(f"this is already a linearized checkpoint ({method})", where, f"train it: linearize distill {where}")
+    if (reason := refusal(config)) is not None:
+        raise refused(str(config.get("model_type", "")), where, reason)
     if config.get("quantization_config"):
         kind = str(config["quantization_config"].get("quant_method", "quantized"))
         raise UnsupportedError(

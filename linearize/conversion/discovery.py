@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from linearize.conversion.architectures import COMMON, SEPARATE, Architecture
-from linearize.conversion.detection import NO_INTERFACE, nearest
-from linearize.errors import UnsupportedError
+from linearize.conversion.detection import NO_INTERFACE, refused
 from linearize.modeling.attention import scores_of, softmax_attention
 from linearize.modeling.mixer import Inputs
 from linearize.modeling.rope import ROPES, unrotate
@@ -52,28 +51,24 @@ def discover(config: Mapping[str, Any], where: str) -> Architecture:
     logits, calls = observe(model, ids)
     names = {module: name for name, module in model.named_modules()}
     if len(calls) != model.config.num_hidden_layers or not torch.equal(logits, stock):
-        raise unsupported(kind, where, NO_INTERFACE)
+        raise refused(kind, where, NO_INTERFACE)
     for module, call in calls.items():
         if not torch.allclose(softmax_attention(call.inputs), call.output, atol=1e-5, rtol=1e-4):
-            raise unsupported(kind, where, f"{names[module]} is more than a softmax over its queries and keys")
+            raise refused(kind, where, f"{names[module]} is more than a softmax over its queries and keys")
     first = next(iter(calls))
     path, found = re.subn(r"\b0\b", "{}", names[first])
     parameters = inspect.signature(type(first).forward).parameters
     cache = next((name for name in CACHES if name in parameters), None)
     styles = {rope_style(module, call) for module, call in calls.items()}
     if found != 1 or cache is None or len(styles) != 1 or None in styles:
-        raise unsupported(kind, where, "its layers, their cache or their RoPE were not recognised")
+        raise refused(kind, where, "its layers, their cache or their RoPE were not recognised")
     keys = {key: name for key, name in model.config.attribute_map.items() if key in COMMON}
     learned, slides = calls[first].inputs.cos is None, "all" if config.get("sliding_window") else ""
     made = Architecture(kind, path, cache, projections(first), keys, styles.pop() or "none", "", slides, learned, CHECKED)
     shape, seen = made.shape(config), calls[first].inputs
     if (shape.heads, shape.kv_heads, shape.head_dim) != (seen.q.shape[1], *seen.k.shape[1::2]):
-        raise unsupported(kind, where, "its heads are not those that its config tells of")
+        raise refused(kind, where, "its heads are not those that its config tells of")
     return made
-
-
-def unsupported(kind: str, where: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(f"model_type '{kind}' cannot be converted ({reason})", where, f"nearest supported: {nearest(kind)}")
 
 
 def small_model(config: Mapping[str, Any], where: str) -> Any:
@@ -92,7 +87,7 @@ def small_model(config: Mapping[str, Any], where: str) -> Any:
         small_config = AutoConfig.for_model(kind, **{**values, **small, **listed, **named})
         model: Any = AutoModelForCausalLM.from_config(small_config, attn_implementation="eager")
     except Exception as error:  # each family fails in its own way on a config that it cannot be built from
-        raise unsupported(kind, where, f"transformers cannot build it: {type(error).__name__}") from None
+        raise refused(kind, where, f"transformers cannot build it: {type(error).__name__}") from None
     return model.float().eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linearize import __version__
@@ -80,7 +80,7 @@ class Plan:
         return {
             "source": self.source.provenance(), "method": self.method, "start": self.start, "options": dict(self.options),
             "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
-            "architecture": self.architecture.model_type, "layers": rows,
+            "architecture": self.architecture.model_type, "limits": self.architecture.limits, "layers": rows,
             "converted": chosen, "kept": self.total - chosen,
             "parameters_added": sum(row["parameters"] for row in rows),
             "state_bytes": self.state_bytes,
@@ -118,12 +118,22 @@ def family_of(source: Source) -> Architecture:
     return discover(source.config, source.id)
 
 
+def reaching(place: Place, sliding: int | None) -> Place:
+    """The place with a window no longer than the reach of the layer's own attention."""
+    if sliding is None or place.mixer.window <= sliding:
+        return place
+    return replace(place, mixer=replace(place.mixer, window=sliding))
+
+
 def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
     """The plan for a known source; an error says which layer, option or method is wrong."""
     family = family_of(source)
     places = layout(method, options, start)
     chosen = select_layers(layers, family, source.config)
-    parts = {layer: place for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None}
+    sliding = family.sliding(source.config)
+    parts = {
+        layer: reaching(place, sliding[layer]) for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None
+    }
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
     return Plan(source, family, method, dict(options), start, parts, family.shape(source.config))

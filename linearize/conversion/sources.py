@@ -67,6 +67,16 @@ class Source:
 
 def resolve(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find MODEL and check all that its config and headers tell; errors carry the exit codes of a user's mistake."""
+    source = read_source(model, revision)
+    check_config(source.config, source.id, trust_remote_code)
+    if source.format == "folder":
+        assert source.path is not None
+        check_weights(source.path, source.config)
+    return source
+
+
+def read_source(model: str, revision: str | None = None) -> Source:
+    """Find MODEL and read its config, nothing else. UsageError, HubError or IntegrityError where there is none."""
     path = Path(model).expanduser()
     if model == "smollm2" and (packaged := packaged_smollm2()) is not None:
         source = Source(model, ALIASES[model], "gguf", packaged, gguf_config(packaged))
@@ -84,9 +94,6 @@ def resolve(model: str, revision: str | None = None, trust_remote_code: bool = F
         close = get_close_matches(model, ALIASES, n=1)
         known = f"did you mean '{close[0]}'?" if close else f"pass a folder, a .gguf file, a hub id or one of: {', '.join(ALIASES)}"
         raise UsageError(f"unknown model '{model}'", fix=known)
-    check_config(source.config, source.id, trust_remote_code)
-    if source.format == "folder":
-        check_weights(path, source.config)
     return source
 
 
