@@ -46,11 +46,12 @@ class LinearizedAttention(nn.Module):
     linearize_cache: str
     linearize_index: int
     linearize_rope: str
+    linearize_call: Call | None
     linearize_configs: dict[str, Any]
     linearize_observer: Observer | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = kwargs.pop("linearize_call", None)
+        call = kwargs.pop("linearize_call", self.linearize_call)
         if self.linearize_mode == "teacher":
             return super().forward(*args, **kwargs)
         cache = kwargs.pop(self.linearize_cache, None)
@@ -191,7 +192,7 @@ def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half
     attention.linearize = mixer
     attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
     attention.linearize_cache, attention.linearize_index, attention.linearize_rope = cache, index, rope
-    attention.linearize_observer = None
+    attention.linearize_observer, attention.linearize_call = None, None
     set_mode(attention, "student")
 
 

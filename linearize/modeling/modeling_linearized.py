@@ -52,6 +52,7 @@ class LinearizedModelMixin:
     """What a converted CausalLM does otherwise than its base class."""
 
     linearize_mode = "student"
+    linearize_swapped: list[LinearizedAttention]
     is_linearized_model = True
     _is_stateful = False
     _supports_attention_backend = False
@@ -95,9 +96,12 @@ class LinearizedModelMixin:
                 position_ids = positions(attention_mask, time, past_key_values)
         if past_key_values is not None:
             upgrade_cache(past_key_values, converted(self))
+        call = Call(mask, segments)
+        for attention in self.linearize_swapped:  # for families whose layers do not hand every keyword on
+            attention.linearize_call = call
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=Call(mask, segments), **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=call, **kwargs,
         )  # fmt: skip
 
     def _check_length(self, time: int, cache: Any) -> None:
@@ -151,12 +155,14 @@ def install(model: Any) -> None:
     """Swap the attention modules that the model's plan names. ValueError on a plan of another schema."""
     plan = model.config.linearize
     layers = plan.get("layers", [])
+    model.linearize_swapped = []
     for layer in layers:
         spec, shape = plan_spec(plan, layer)
         attention = model.get_submodule(layer["module"])
         with torch.device(next(attention.parameters()).device):
             mixer = Mixer(spec, shape)
         swap(attention, mixer, layer["cache"], layer["index"], layer.get("rope", "half"), model._supports_sdpa)
+        model.linearize_swapped.append(attention)
     if layers and plan.get("softmax_layers", 0) == 0:
         model.config._attn_implementation_internal = IMPLEMENTATION
 
