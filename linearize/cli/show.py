@@ -28,6 +28,13 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
     console.say()
     layers(console, made)
     memory(console, made)
+    if "conversion" in made:
+        console.facts([("conversion", route(made["conversion"]))])
+
+
+def route(found: Mapping[str, Any]) -> str:
+    """Whether the weights are ever whole in memory."""
+    return f"streamed, peak about {size(found['peak_bytes'])}" if found["streamed"] else f"in memory ({found['reason']})"
 
 
 def at(source: Mapping[str, Any]) -> str:

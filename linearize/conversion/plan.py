@@ -11,6 +11,7 @@ from linearize.conversion.architectures import Architecture
 from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import select_layers
 from linearize.conversion.sources import Source, resolve
+from linearize.conversion.streaming import Route, route
 from linearize.errors import InputError
 from linearize.methods import DEFAULT
 from linearize.methods.layout import Place, layout
@@ -35,6 +36,11 @@ class Plan:
     @property
     def total(self) -> int:
         return self.architecture.layers(self.source.config)
+
+    @property
+    def route(self) -> Route:
+        """How the weights get to the checkpoint, and what memory that takes."""
+        return route(self.source)
 
     @property
     def state_bytes(self) -> int:
@@ -82,6 +88,7 @@ class Plan:
             "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
             "architecture": self.architecture.model_type, "limits": self.architecture.limits, "layers": rows,
             "converted": chosen, "kept": self.total - chosen,
+            "conversion": self.route.to_dict(),
             "parameters_added": sum(row["parameters"] for row in rows),
             "state_bytes": self.state_bytes,
             "kv_bytes": {str(n): self.kv_bytes(n) for n in KV_LENGTHS},

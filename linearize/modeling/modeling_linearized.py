@@ -151,15 +151,18 @@ def positions(attention_mask: Tensor, time: int, cache: Any) -> Tensor:
     return (attention_mask.long().cumsum(-1)[:, -time:] - 1 + past).clamp(min=0)
 
 
-def install(model: Any) -> None:
-    """Swap the attention modules that the model's plan names. ValueError on a plan of another schema."""
+def install(model: Any, device: torch.device | None = None) -> None:
+    """Swap the attention modules that the model's plan names, with mixers on `device` (default: where each attention is).
+
+    ValueError on a plan of another schema.
+    """
     plan = model.config.linearize
     layers = plan.get("layers", [])
     model.linearize_swapped = []
     for layer in layers:
         spec, shape = plan_spec(plan, layer)
         attention = model.get_submodule(layer["module"])
-        with torch.device(next(attention.parameters()).device):
+        with torch.device(device or next(attention.parameters()).device):
             mixer = Mixer(spec, shape)
         swap(attention, mixer, layer["cache"], layer["index"], layer.get("rope", "half"), model._supports_sdpa)
         model.linearize_swapped.append(attention)
