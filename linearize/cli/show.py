@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -124,6 +124,17 @@ def errors(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     worst = ", ".join(f"layer {layer['index']} {percent(layer['relative_error'])}" for layer in order[:3])
     console.say()
     console.facts([("layer error", f"median {percent(order[len(order) // 2]['relative_error'])}; worst: {worst}")])
+
+
+def swap_costs(console: Console, costs: Mapping[int, float], converted: Container[int]) -> None:
+    """What each layer's swap alone costs, dearest first, and which layers stay for that."""
+    if not costs:
+        return
+    rows = [
+        (str(i), figure(costs[i], 4), "converted" if i in converted else "kept") for i in sorted(costs, key=lambda i: -costs[i])
+    ]
+    console.say()
+    console.table((Column("layer"), Column("KL of its swap", True), Column("")), rows)
 
 
 def start_errors(console: Console, indices: Sequence[int], found: Sequence[float]) -> None:

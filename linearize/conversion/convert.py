@@ -23,6 +23,8 @@ from linearize.checkpoint import check_space, check_target, staged
 from linearize.conversion.calibration import start_mixers
 from linearize.conversion.offload import ON_DISK, finite, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
+from linearize.conversion.ranking import dearest, swap_costs
+from linearize.conversion.selection import AUTO, kept_count
 from linearize.conversion.sources import ALIASES, Source, resolve
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SHARD_BYTES
 from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
@@ -44,9 +46,15 @@ class Converted:
     path: Path
     plan: Plan
     errors: list[float]
+    swap_costs: Mapping[int, float]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "plan": self.plan.to_dict(), "relative_error": self.errors}
+        return {
+            "path": str(self.path),
+            "plan": self.plan.to_dict(),
+            "relative_error": self.errors,
+            "swap_costs": dict(self.swap_costs),
+        }
 
 
 def load_source(
@@ -203,16 +211,23 @@ def convert(
     if calibration is not None:
         text.documents(str(calibration))  # a bad file is said before the model is loaded
     source = resolve(model, revision, trust_remote_code)
-    plan = plan_for(source, method, layers, options or {}, start)
+    keeps = layers if layers is not None and layers.startswith(AUTO) else None
+    plan = plan_for(source, method, None if keeps else layers, options or {}, start)
+    count = kept_count(keeps, len(plan.parts)) if keeps else 0
     target = output or Path(f"{source.name}-{file_name(method)}")
     check_target(target, overwrite, source.path)
     on = pick_device(device)
     stored = (
         "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
     )
+    as_stored, costs = pick_dtype(dtype, stored, on), dict[int, float]()
+    if keeps:
+        costs = measure_swaps(plan, as_stored, on, calibration, seed, trust_remote_code, progress)
+        chosen = sorted(set(costs) - set(dearest(costs, count)))
+        plan = plan_for(source, method, ",".join(map(str, chosen)), options or {}, start)
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
-        loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, on), trust_remote_code, folder)
+        loaded, tokenizer = load_source(source, as_stored, trust_remote_code, folder)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
         ids = calibration_ids(tokenizer, calibration)
@@ -221,9 +236,21 @@ def convert(
         else:
             new, errors = convert_on_disk(loaded, plan, ids, seed, progress, on, folder)
         progress("save", 0, 1)
-        save(new, tokenizer, target, overwrite=overwrite)
+        save(new, tokenizer, target, overwrite=overwrite, recipe={"swap_costs": costs} if costs else None)
         progress("save", 1, 1)
-    return Converted(target, plan, errors)
+    return Converted(target, plan, errors, costs)
+
+
+def measure_swaps(
+    plan: Plan, dtype: torch.dtype, device: torch.device, calibration: Path | None, seed: int, trusted: bool, progress: Progress
+) -> dict[int, float]:
+    """What each layer's swap costs, on the whole model in memory: KL in nats a token, by layer."""
+    progress("load", 0, 1)
+    loaded, tokenizer = load_source(plan.source, dtype, trusted)
+    progress("load", 1, 1)
+    ids = calibration_ids(tokenizer, calibration)
+    student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
+    return swap_costs(student, ids.to(device), progress)
 
 
 def file_name(method: str) -> str:
