@@ -22,7 +22,7 @@ from linearize import text
 from linearize.checkpoint import check_space, check_target, staged
 from linearize.conversion.architectures import architecture
 from linearize.conversion.calibration import start_mixers
-from linearize.conversion.offload import ON_DISK, finite, offload, release, scratch, spill
+from linearize.conversion.offload import ON_DISK, Shards, finite, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.sources import ALIASES, Source, resolve
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SHARD_BYTES
@@ -55,7 +55,8 @@ def load_source(
 ) -> tuple[nn.Module, Any]:
     """The original model and its tokenizer.
 
-    With `offload_to` the weights stay in the source's files, and those that transformers fuses on loading go to that folder.
+    With `offload_to` the weights stay in the source's files as they are stored (`release` lets them be read in another dtype);
+    those that transformers fuses on loading go to that folder.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if source.format == "gguf":
@@ -67,7 +68,7 @@ def load_source(
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
     where = str(source.path) if source.path is not None else source.id
     if offload_to is not None:
-        options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to)}
+        options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to), "dtype": "auto"}
     try:
         model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
@@ -143,10 +144,9 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
 
 
 def convert_on_disk(
-    model: nn.Module, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device, folder: Path
+    model: nn.Module, shards: Shards, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device
 ) -> tuple[Any, list[float]]:
-    """`convert_in_memory` for a model that was loaded to disk: weights stay there, and started mixers go to `folder`."""
-    shards = release(model, folder)
+    """`convert_in_memory` for a model whose weights are in `shards`, where started mixers go too."""
     new = attach(model.eval(), plan.config_field(), torch.device("meta"))
     offload(new, shards, device)
     new.hf_device_map = dict(ON_DISK)  # so save_pretrained knows that it must read what it writes
@@ -212,16 +212,18 @@ def convert(
     stored = (
         "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
     )
+    chosen = pick_dtype(dtype, stored, on)
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
-        loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, on), trust_remote_code, folder)
+        loaded, tokenizer = load_source(source, chosen, trust_remote_code, folder)
+        shards = None if folder is None else release(loaded, folder, chosen)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
         ids = calibration_ids(tokenizer, calibration)
-        if folder is None:
+        if shards is None:
             new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
         else:
-            new, errors = convert_on_disk(loaded, plan, ids, seed, progress, on, folder)
+            new, errors = convert_on_disk(loaded, shards, plan, ids, seed, progress, on)
         progress("save", 0, 1)
         save(new, tokenizer, target, overwrite=overwrite)
         progress("save", 1, 1)

@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "head_dim": 8, "initializer_range": 0.2, "max_position_embeddings": 4096,
 }  # fmt: skip
 LIMIT, FREE = 2e9, 12e9
-POLL = 0.005  # seconds
+POLL = 0.01  # seconds
 
 
 def write_source(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -99,6 +99,18 @@ def test_not_finite(name: str, tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["book.txt", "source"]
 
 
+def test_tensor_missing(tmp_path: Path) -> None:
+    """transformers alone would fill it with random values and go on."""
+    given = write_source(tmp_path / "source")
+    path = given / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = given / index["weight_map"].pop("model.norm.weight")
+    save_file({k: v for k, v in load_file(shard).items() if k != "model.norm.weight"}, shard, metadata={"format": "pt"})
+    path.write_text(json.dumps(index))
+    with pytest.raises(IntegrityError, match=r"model.norm.weight is not among the weights"):
+        convert(str(given), output=tmp_path / "out", calibration=tmp_path / "book.txt")
+
+
 def test_peak_does_not_grow_with_depth() -> None:
     """Twice the layers in as many shards: the same peak. Once a shard is full the size of the model no longer counts."""
     config = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 14336}
@@ -145,21 +157,21 @@ def write_large(folder: Path) -> Path:
     return folder
 
 
-def anonymous(process: subprocess.Popen[bytes]) -> int:
-    """RssAnon in bytes: resident memory that no file backs. Mapped weights are not in it: the kernel drops them at will."""
+def peak_of(process: subprocess.Popen[bytes]) -> int:
+    """VmHWM in bytes: the most memory that was resident at once, Python, torch and mapped pages of files included."""
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_four_gigabytes_in_two(large: Path) -> None:
-    """The command in a process that is killed as soon as its own memory passes 2 GB, looked at every 5 ms.
+    """The command in a process that is killed once its resident memory has passed 2 GB; in memory it takes 4.8 GB.
 
-    RLIMIT_AS and RLIMIT_DATA would count mapped files, which take no memory that is not given back when asked for.
+    RLIMIT_AS and RLIMIT_DATA are no measure: they count every byte of a file that is open, whether or not it was ever read.
     """
     (large.parent / "book.txt").write_text(TEXT)
     arguments = ["convert", large, "-o", large.parent / "out", "--calibration", large.parent / "book.txt", "--device", "cpu"]
@@ -167,12 +179,13 @@ def test_four_gigabytes_in_two(large: Path) -> None:
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, anonymous(process))
+        peak = max(peak, peak_of(process))
         if peak > LIMIT:
             process.kill()
         time.sleep(POLL)
-    print(f"peak {peak / 1e9:.2f} GB")
-    assert peak < LIMIT
+    assert 0.1e9 < peak < LIMIT
     assert process.returncode == 0
-    assert sum(path.stat().st_size for path in (large.parent / "out").glob("*.safetensors")) > 4e9
-    assert len(list((large.parent / "out").glob("*.safetensors"))) > 1
+    written = list((large.parent / "out").glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in written) > 4e9
+    assert len(written) > 1
+    print(f"peak {peak / 1e9:.2f} GB")
