@@ -13,6 +13,7 @@ CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
 ROW_BLOCK = 256  # queries whose scores a start looks at in one go
+MLP_PARTS = ("gate", "up", "down")
 SCORE_BLOCKS, HEAD_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 24, 8, 3
 
 
@@ -38,10 +39,13 @@ def route(source: Source) -> Route:
 
 
 def header_shapes(source: Source) -> dict[str, list[int]]:
-    """Shapes of the source's tensors; of a model that is still on the hub, the embedding's alone."""
+    """Shapes of the source's tensors; of a model that is still on the hub, those of its large ones as its config has them."""
     if source.format == "folder" and source.path is not None:
         return {name: entry["shape"] for path in weight_files(source.path) for name, entry in safetensors_header(path).items()}
-    return {"embed_tokens.weight": [source.config["vocab_size"], source.config["hidden_size"]]}
+    config = source.config
+    hidden, mlp = int(config["hidden_size"]), int(config.get("intermediate_size") or 4 * config["hidden_size"])
+    layers = range(int(config["num_hidden_layers"]))
+    return {"embed": [int(config["vocab_size"]), hidden], **{f"{i}.{part}": [mlp, hidden] for i in layers for part in MLP_PARTS}}
 
 
 def peak_bytes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> int:

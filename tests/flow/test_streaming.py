@@ -21,7 +21,8 @@ from linearize import load
 from linearize.conversion import plan as plans
 from linearize.conversion.convert import convert
 from linearize.conversion.plan import make_plan
-from linearize.conversion.streaming import Route, peak_bytes
+from linearize.conversion.sources import Source
+from linearize.conversion.streaming import Route, peak_bytes, route
 from linearize.errors import IntegrityError
 
 TINY: dict[str, Any] = {
@@ -120,6 +121,17 @@ def test_peak_does_not_grow_with_depth() -> None:
         return peak_bytes(config, {"embed": [32000, 4096], **{f"{i}.{k}": v for i in range(layers) for k, v in layer.items()}})
 
     assert peak(32) == peak(64)
+
+
+def test_peak_of_a_model_on_the_hub() -> None:
+    """Nothing is fetched for it; a large model fills a shard."""
+    config = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+    }  # fmt: skip
+    found = route(Source("x/y", "x/y", "hub", None, config))
+    assert found.streamed
+    assert found.peak_bytes is not None
+    assert 1e9 <= found.peak_bytes < 4e9
 
 
 def test_plan_says_so(tmp_path: Path) -> None:
