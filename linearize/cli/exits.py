@@ -81,6 +81,8 @@ def translate(error: BaseException) -> tuple[int, str, str] | None:
         return 5, f"{error.strerror}: {error.filename or 'a file'}", "write elsewhere with -o, or correct its permissions"
     if isinstance(error, ValueError) and "max_length=" in str(error):
         return 3, first_line(error), "shorten the text, or convert again with a larger --set max_length=N"
+    if isinstance(error, ValueError) and "learned positions" in str(error):
+        return 3, first_line(error), "shorten the text; for distill, a smaller --sequence"
     if isinstance(error, ValueError) and raised_by_a_plan(error):
         return 8, f"the checkpoint's plan cannot be read: {first_line(error)}", "write it again: linearize convert MODEL"
     return None

@@ -13,7 +13,7 @@ COMMON = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidd
 SEPARATE = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 GPT2_KEYS = {
     "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
-    "max_position_embeddings": "n_positions",
+    "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
 }  # fmt: skip
 
 
@@ -50,6 +50,10 @@ class Architecture:
         hidden, heads = self.value(config, "hidden_size"), self.value(config, "num_attention_heads")
         head_dim = self.value(config, "head_dim") or hidden // heads
         return Shape(hidden, heads, self.value(config, "num_key_value_heads") or heads, head_dim, head_dim)
+
+    def mlp_width(self, config: Mapping[str, Any]) -> int:
+        """Width of the feed-forward layers; where the config leaves it open, four times the model's."""
+        return int(self.value(config, "intermediate_size") or 4 * self.shape(config).hidden_size)
 
     def sliding(self, config: Mapping[str, Any]) -> list[int | None]:
         """The window of each layer that slides, None for one with full attention."""
@@ -118,6 +122,7 @@ ARCHITECTURES = {
         Architecture("olmo2"),
         Architecture("olmo3", slides=4),
         Architecture("opt", "model.decoder.layers.{}.self_attn", projections={**SEPARATE, "o": "out_proj"},
+                     keys={"intermediate_size": "ffn_dim"},
                      rope="none", learned_positions=True, limits=LEARNED),
         Architecture("phi", projections={**SEPARATE, "o": "dense"}),
         Architecture("phi3", projections={**dict.fromkeys("qkv", "qkv_proj"), "o": "o_proj"}, slides="all"),

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from linearize import text
 from linearize.checkpoint import check_space, check_target, staged
 from linearize.conversion.calibration import start_mixers
-from linearize.conversion.offload import ON_DISK, finite, offload, release, scratch, spill
+from linearize.conversion.offload import ON_DISK, Shards, finite, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
 from linearize.conversion.selection import AUTO, kept_count
@@ -62,7 +62,8 @@ def load_source(
 ) -> tuple[nn.Module, Any]:
     """The original model and its tokenizer.
 
-    With `offload_to` the weights stay in the source's files, and those that transformers fuses on loading go to that folder.
+    With `offload_to` the weights stay in the source's files as they are stored (`release` lets them be read in another dtype);
+    those that transformers fuses on loading go to that folder.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if source.format == "gguf":
@@ -74,7 +75,7 @@ def load_source(
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
     where = str(source.path) if source.path is not None else source.id
     if offload_to is not None:
-        options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to)}
+        options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to), "dtype": "auto"}
     try:
         model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
@@ -149,10 +150,9 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
 
 
 def convert_on_disk(
-    model: nn.Module, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device, folder: Path
+    model: nn.Module, shards: Shards, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device
 ) -> tuple[Any, list[float]]:
-    """`convert_in_memory` for a model that was loaded to disk: weights stay there, and started mixers go to `folder`."""
-    shards = release(model, folder)
+    """`convert_in_memory` for a model whose weights are in `shards`, where started mixers go too."""
     new = attach(model.eval(), plan.config_field(), torch.device("meta"))
     offload(new, shards, device)
     new.hf_device_map = dict(ON_DISK)  # so save_pretrained knows that it must read what it writes
@@ -176,13 +176,13 @@ def own_text(model: Any) -> Tensor:
     return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
-def calibration_ids(tokenizer: Any, path: Path | None) -> Tensor:
-    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any."""
+def calibration_ids(tokenizer: Any, path: Path | None, longest: int | None = None) -> Tensor:
+    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any; at most `longest`."""
     docs = text.documents(str(path) if path is not None else text.BUILTIN)
     training, _ = text.split(docs)
     tokens = text.tokenise(tokenizer, training)
-    longest = max(len(doc) for doc in tokens)
-    rows = text.whole(tokens, min(CALIBRATION_LENGTH, max(longest, 2)))
+    length = min(CALIBRATION_LENGTH, longest or CALIBRATION_LENGTH, max(2, *map(len, tokens)))
+    rows = text.whole(tokens, length)
     step = max(len(rows) // CALIBRATION_ROWS, 1)
     return rows.ids[::step][:CALIBRATION_ROWS]
 
@@ -223,18 +223,19 @@ def convert(
     as_stored, costs = pick_dtype(dtype, stored, on), dict[int, float]()
     if keeps:
         costs = measure_swaps(plan, as_stored, on, calibration, seed, trust_remote_code, progress)
-        chosen = sorted(set(costs) - set(dearest(costs, count)))
-        plan = plan_for(source, method, ",".join(map(str, chosen)), options or {}, start)
+        kept = dearest(costs, count)
+        plan = replace(plan, parts={layer: place for layer, place in plan.parts.items() if layer not in kept})
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
         loaded, tokenizer = load_source(source, as_stored, trust_remote_code, folder)
+        shards = None if folder is None else release(loaded, folder, as_stored)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
-        ids = calibration_ids(tokenizer, calibration)
-        if folder is None:
+        ids = calibration_ids(tokenizer, calibration, plan.max_positions)
+        if shards is None:
             new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
         else:
-            new, errors = convert_on_disk(loaded, plan, ids, seed, progress, on, folder)
+            new, errors = convert_on_disk(loaded, shards, plan, ids, seed, progress, on)
         progress("save", 0, 1)
         save(new, tokenizer, target, overwrite=overwrite, recipe={"swap_costs": costs} if costs else None)
         progress("save", 1, 1)
@@ -248,7 +249,7 @@ def measure_swaps(
     progress("load", 0, 1)
     loaded, tokenizer = load_source(plan.source, dtype, trusted)
     progress("load", 1, 1)
-    ids = calibration_ids(tokenizer, calibration)
+    ids = calibration_ids(tokenizer, calibration, plan.max_positions)
     student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
     return swap_costs(student, ids.to(device), progress)
 

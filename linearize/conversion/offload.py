@@ -78,14 +78,34 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def release(model: nn.Module, folder: Path) -> Shards:
-    """Take the hooks off a model that was loaded to disk; returns what they read from."""
+def release(model: Any, folder: Path, dtype: torch.dtype) -> Shards:
+    """Take the hooks off a model that was loaded to disk; returns what they read from, to be read in `dtype`.
+
+    IntegrityError if a tensor is in no file.
+    """
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     shards = Shards(next(hook.weights_map.dataset for hook in hooks if hook.offload and hook.weights_map is not None), folder)
+    if missing := [name for name, _ in model.named_parameters() if name not in shards.files.index]:
+        raise IntegrityError(f"{missing[0]} is not among the weights", model.name_or_path, "download them again")
     for module in model.modules():
         remove_hook_from_module(module)
         vars(module).pop("forward", None)  # accelerate leaves the bound method, which would outlive a change of class
+    cast(model, shards, dtype)
     return shards
+
+
+def cast(model: Any, shards: Shards, dtype: torch.dtype) -> None:
+    """Let what is stored in the model's dtype be read in another; what is kept in fp32 stays so.
+
+    Asked for at loading, transformers would read and convert every tensor there too, only to drop it.
+    """
+    stored, wanted = (str(x).removeprefix("torch.") for x in (model.dtype, dtype))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        entry = shards.files.index[name]
+        if entry["dtype"] == stored:
+            shards.files.index[name] = {**entry, "dtype": wanted}
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def offload(root: nn.Module, shards: Shards, device: torch.device, prefix: str = "") -> None:

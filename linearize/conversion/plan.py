@@ -40,7 +40,12 @@ class Plan:
     @property
     def route(self) -> Route:
         """How the weights get to the checkpoint, and what memory that takes."""
-        return route(self.source)
+        return route(self.source, self.architecture)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that a text may have."""
+        return self.architecture.max_positions(self.source.config)
 
     @property
     def state_bytes(self) -> int:
@@ -61,7 +66,7 @@ class Plan:
             "options": dict(self.options),
             "start": self.start,
             "softmax_layers": self.total - len(self.parts),
-            "max_positions": self.architecture.max_positions(self.source.config),
+            "max_positions": self.max_positions,
             "layers": [
                 {
                     "index": i,

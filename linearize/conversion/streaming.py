@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+from linearize.conversion.architectures import Architecture
 from linearize.conversion.preflight import safetensors_header, weight_files
 from linearize.conversion.sources import Source
+from linearize.modeling.spec import Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
 ROW_BLOCK = 256  # queries whose scores a start looks at in one go
+MLP_MATRICES = 3
 SCORE_BLOCKS, HEAD_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 24, 8, 3
 
 
@@ -28,40 +31,33 @@ class Route:
         return {"streamed": self.streamed, "reason": self.reason, "peak_bytes": self.peak_bytes}
 
 
-def route(source: Source) -> Route:
+def route(source: Source, family: Architecture) -> Route:
     """Safetensors, in a folder or on the hub, are streamed; a GGUF file is unpacked whole, a model in memory is there already."""
     if source.format == "gguf":
         return Route(False, "a GGUF file is unpacked whole", None)
     if source.format == "memory":
         return Route(False, "the model is in memory already", None)
-    return Route(True, "", peak_bytes(source.config, header_shapes(source)))
-
-
-def header_shapes(source: Source) -> dict[str, list[int]]:
-    """Shapes of the source's tensors; of a model that is still on the hub, the embedding's alone."""
+    shape, mlp = family.shape(source.config), family.mlp_width(source.config)
     if source.format == "folder" and source.path is not None:
-        return {name: entry["shape"] for path in weight_files(source.path) for name, entry in safetensors_header(path).items()}
-    return {"embed_tokens.weight": [source.config["vocab_size"], source.config["hidden_size"]]}
+        sizes = [prod(entry["shape"]) for path in weight_files(source.path) for entry in safetensors_header(path).values()]
+    else:  # nothing of it is here: its large tensors, as its config has them
+        vocabulary, matrix = int(source.config["vocab_size"]) * shape.hidden_size, mlp * shape.hidden_size
+        sizes = [vocabulary, *[matrix] * MLP_MATRICES * family.layers(source.config)]
+    return Route(True, "", peak_bytes(shape, mlp, sizes))
 
 
-def peak_bytes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> int:
-    """The most that is in memory at once: the largest tensor and the activations of a layer's start, or a shard being written."""
-    sizes = [elements(shape) for shape in shapes.values()]
+def peak_bytes(shape: Shape, mlp: int, sizes: list[int]) -> int:
+    """The most that is in memory at once: the largest tensor and the activations of a layer's start, or a shard being written.
+
+    `sizes` are the elements of the model's tensors, `mlp` the width of its feed-forward layers.
+    """
     shard = min(WIDEST * sum(sizes), max(SHARD_BYTES, WIDEST * max(sizes)))
-    return max(shard, WIDEST * max(sizes) + activation_bytes(config))
+    return max(shard, WIDEST * max(sizes) + activation_bytes(shape, mlp))
 
 
-def elements(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def activation_bytes(config: Mapping[str, Any]) -> int:
+def activation_bytes(shape: Shape, mlp: int) -> int:
     """What the start of a layer holds in fp32: hidden states, the MLP's, q, k, v and features of each head, a block of scores."""
-    tokens, hidden, heads = CALIBRATION_ROWS * CALIBRATION_LENGTH, int(config["hidden_size"]), int(config["num_attention_heads"])
-    width = heads * int(config.get("head_dim") or hidden // heads)
-    scores = SCORE_BLOCKS * CALIBRATION_ROWS * heads * ROW_BLOCK * CALIBRATION_LENGTH
-    streams = HIDDEN_COPIES * hidden + MLP_COPIES * int(config.get("intermediate_size") or 4 * hidden) + HEAD_COPIES * width
+    tokens = CALIBRATION_ROWS * CALIBRATION_LENGTH
+    scores = SCORE_BLOCKS * tokens * shape.heads * ROW_BLOCK
+    streams = HIDDEN_COPIES * shape.hidden_size + MLP_COPIES * mlp + HEAD_COPIES * shape.heads * shape.head_dim
     return WIDEST * (tokens * streams + scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def test_an_unknown_family_goes_the_whole_way(cli: Cli, here: Path) -> None:
     assert done.code == 0, done.err
     used = cli("generate", "made", "--prompt", "The sea", "--max-tokens", "4", "--json")
     assert used.code == 0, used.err
+
+
+def test_a_text_longer_than_the_learned_positions(cli: Cli, here: Path) -> None:
+    """GPT-2 by the command line, with its own names for everything: planned, converted, used, and no further than it learned."""
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(here / "tiny")
+    assert cli("plan", "tiny").code == 0
+    done = cli("convert", "tiny", "-o", "made", "--set", "window=8", "--calibration", "book.txt")
+    assert done.code == 0, done.err
+    assert cli("generate", "made", "--prompt", "The sea", "--max-tokens", "4").code == 0
+    fault = Fault(
+        "", 3, "learned positions for 64 tokens", "generate made --prompt 'The sea is wide' --max-tokens 99", fix="shorten"
+    )
+    spoil.check(cli(*shlex.split(fault.command)), fault.code, fault.line, fault.fix)
 
 
 @pytest.mark.parametrize(
