@@ -4,7 +4,7 @@ The mutations are in the .toml files beside this one, by part of the runtime: in
 `test` must fail. Each is made in a copy of the package, in a fork of this process, which has imported torch but nothing of the
 package. Exit code 1 if one survives. Needs Python 3.11. A test is one of
     LAW,LAW WORD WORD    test_mixers.py for these laws where its id, or what else the spec says, has all the words, until one fails
-    test_FILE.py -k ...  what pytest takes
+    FILE.py -k ...       what pytest takes, in tests/laws or in the folder of tests that FILE names
 and an import that fails is no catch. `--sound` runs the same tests with nothing broken: all must pass.
 """
 
@@ -72,10 +72,13 @@ class Watch:
 def by_pytest(tests: str) -> tuple[str | None, str | None]:
     """(what failed, what kept the tests from running)."""
     file, _, words = tests.partition(" -k ")
-    chosen = ["-k", words.strip("'")] if words else []
+    chosen = ["-k", words.strip("'\"")] if words else []
     watch = Watch()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", str(Path("tests") / "laws" / file), *chosen], plugins=[watch])
+        pytest.main(
+            ["-x", "-q", "-n0", "-p", "no:cacheprovider", str(Path("tests") / (file if "/" in file else f"laws/{file}")), *chosen],
+            plugins=[watch],
+        )
     return watch.failure, watch.broken or (None if watch.failure or watch.passed else f"NO TEST is '{tests}'")
 
 
@@ -142,7 +145,7 @@ def forked(folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def broken_copy(name: str, folder: Path) -> None:
-    for part in ("linearize", "tests/laws"):
+    for part in ("linearize", "tests/laws", "tests/parity"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / part, folder / part)
@@ -168,13 +171,13 @@ def main(arguments: list[str]) -> int:
     if problems := [*misplaced(), *(f"no mutation '{name}'" for name in chosen if name not in MUTATIONS)]:
         raise SystemExit("\n".join(problems))
     by_test = {MUTATIONS[name][3]: name for name in chosen}
-    cases = forked(ROOT, all_cases) if any(not test.startswith("test_") for test in by_test) else []
+    cases = forked(ROOT, all_cases) if any(".py" not in test for test in by_test) else []
     if cases is None:
         raise SystemExit("test_mixers.py is not collected")
     wrong = 0
     for name in by_test.values() if sound else chosen:
         tests, start = MUTATIONS[name][3], time.monotonic()
-        run = (by_pytest, tests) if tests.startswith("test_") else (by_laws, tests, cases)
+        run = (by_pytest, tests) if ".py" in tests else (by_laws, tests, cases)
         with tempfile.TemporaryDirectory() as folder:
             if not sound:
                 broken_copy(name, Path(folder))

@@ -25,6 +25,7 @@ from linearize.testing.models import randomise
 LENGTH, PADS, STEPS = 23, 6, 5
 METHODS = ("default", "hedgehog", "liger", "lawcat", "gated-deltanet")
 TOLERANCE = 1e-5  # relative to the largest logit, fp32
+TURNED = 1e-4  # where angles in fp32 are turned there and back
 
 # every day: all families with the default, and those that differ most in their attention with every method
 DISTINCT = ("llama", "gemma3_text", "gpt2", "gpt_neox", "phi3")
@@ -187,6 +188,16 @@ def learns(model: Any, inputs: dict[str, Tensor]) -> None:
     optimizer.step()
     with torch.no_grad():
         assert loss() < before
+
+
+@pytest.mark.parametrize("family", [name for name, entry in ARCHITECTURES.items() if not entry.learned_positions])
+@torch.no_grad()
+def test_a_far_half_without_rope_does_not_know_positions(family: str) -> None:
+    """The model's rotation is undone, in its own style: all tokens moved by 7, the logits stay."""
+    model, ids = converted(tiny_family(family), "gated-deltanet"), batch()["input_ids"]
+    positions = torch.arange(LENGTH).expand_as(ids)
+    expected = model(ids, position_ids=positions).logits
+    assert difference(model(ids, position_ids=positions + 7).logits, expected, torch.ones_like(ids)) < TURNED
 
 
 @torch.no_grad()
