@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
-from linearize.checkpoint import check_space, check_target, staged
+from linearize.checkpoint import check_space, check_target
 from linearize.conversion.calibration import start_mixers
-from linearize.conversion.offload import ON_DISK, Shards, finite, offload, release, scratch, spill
+from linearize.conversion.offload import ON_DISK, Shards, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
+from linearize.conversion.saving import save
 from linearize.conversion.selection import AUTO, kept_count
-from linearize.conversion.sources import ALIASES, Source, resolve
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SHARD_BYTES
+from linearize.conversion.sources import Source, resolve
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS
 from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
 from linearize.loading import pick_device, pick_dtype
 from linearize.methods import DEFAULT
@@ -257,43 +254,3 @@ def measure_swaps(
 def file_name(method: str) -> str:
     """A method or pattern as part of a folder's name."""
     return re.sub(r"[^a-zA-Z0-9.-]+", "-", method.replace("*", "x")).strip("-")
-
-
-def save(
-    model: Any, tokenizer: Any, output: Path, *,
-    overwrite: bool = False, recipe: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
-) -> None:  # fmt: skip
-    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card, `files`, and the manifest."""
-    plan = model.config.linearize
-    bad = [name for name, p in model.named_parameters() if not finite(p)]
-    if bad:
-        raise IntegrityError(f"{bad[0]} has non-finite values", str(output), "nothing was written; check the source weights")
-    with staged(
-        output, overwrite, schema=plan["schema"], created=datetime.now(timezone.utc).isoformat(timespec="seconds")
-    ) as stage:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Attempting to save a model with offloaded modules"
-            )  # it reads them a shard at a time
-            model.save_pretrained(stage, max_shard_size=SHARD_BYTES)
-        tokenizer.save_pretrained(stage)
-        resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
-        (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        (stage / "README.md").write_text(plain_card(plan), encoding="utf-8")
-        for path in files:
-            shutil.copyfile(path, stage / path.name)
-
-
-def plain_card(plan: Mapping[str, Any]) -> str:
-    """A model card that claims nothing: no figure was measured yet."""
-    base = plan["source"]["id"]
-    front = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [linearize, linear-attention]\n---\n"
-    stages = ", ".join(stage["kind"] for stage in plan["stages"]) or "none: the mixers are as they were started"
-    return (
-        f"{front}\n# {base} with {len(plan['layers'])} layers linearized\n\nMethod `{plan['method']}`, trained stages: {stages}. "
-        "State of constant size.\n\n```python\nimport linearize  # or trust_remote_code=True\n"
-        "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n```\n"
-    )
-
-
-__all__ = ["ALIASES", "Converted", "convert", "convert_model", "load_source", "save"]

@@ -17,7 +17,10 @@ NO_INTERFACE = "its attention does not go through transformers' attention interf
 RECURRENT = "it has no softmax attention to convert"
 ALREADY = "its layers are linear or recurrent already"
 BIDIRECTIONAL = "bidirectional encoders are not supported"
+ENCODER_DECODER = "encoder-decoder models are not supported"
 REFUSED = {
+    **dict.fromkeys(
+        ("bart", "blenderbot", "led", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper"), ENCODER_DECODER),
     **dict.fromkeys(("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"), BIDIRECTIONAL),
     **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), RECURRENT),
@@ -25,11 +28,9 @@ REFUSED = {
         ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "minimax", "nemotron_h", "olmo_hybrid",
          "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba", "zamba2"), ALREADY),
 }  # fmt: skip
-ENCODER_DECODER = "encoder-decoder models are not supported"
 VISION = "models that see or hear are not supported"
 NOT_TEXT = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower")
 NATIVE_LINEAR = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
-ENCODER_DECODERS = ("bart", "blenderbot", "led", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper")
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -37,7 +38,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     kind = str(config.get("model_type", ""))
     if kind in REFUSED:
         return REFUSED[kind]
-    if config.get("is_encoder_decoder") or kind in ENCODER_DECODERS:
+    if config.get("is_encoder_decoder"):
         return ENCODER_DECODER
     if any(key in config for key in NOT_TEXT):
         return VISION
@@ -84,9 +85,10 @@ class Verdict:
 def verdict(config: Mapping[str, Any]) -> Verdict:
     """What is known of a model before anything of it is loaded."""
     kind = str(config.get("model_type", ""))
-    reason = refusal(config)
-    if reason is not None:
-        return Verdict(kind, "refused", reason, nearest(kind))
+    try:
+        check_config(config, "", trust_remote_code=True)
+    except UnsupportedError as error:
+        return Verdict(kind, "refused", error.what, nearest(kind))
     if kind not in ARCHITECTURES:
         return Verdict(kind, "unknown", "convert tries it: a self-check on random weights decides", nearest(kind))
     limits = ARCHITECTURES[kind].limits

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.modeling.attention import set_mode
+from linearize.evaluation.perplexity import Variant, compare
+from linearize.modeling.attention import LinearizedAttention, set_mode
 from linearize.modeling.modeling_linearized import attentions, mode
 from linearize.progress import Progress, silent
+from linearize.text import Packed
 
 LENGTH = 512
 
 
-@torch.no_grad()
 def swap_costs(model: Any, ids: Tensor, progress: Progress = silent) -> dict[int, float]:
     """KL in nats a token from the teacher to the model with one layer swapped and all others as they were, by layer.
 
@@ -23,23 +25,20 @@ def swap_costs(model: Any, ids: Tensor, progress: Progress = silent) -> dict[int
     not do: it says nothing of what the layers after it make of them.
     """
     rows = ids[:, :LENGTH]
-    found: dict[int, float] = {}
-    modules = attentions(model)
+    packed = Packed(rows, torch.arange(rows.shape[1]).expand_as(rows))
+    swapped = attentions(model)
+    variants = [Variant("teacher", model, lambda: mode(model, "observe"))]
+    variants += [Variant(str(a.linearize_index), model, (lambda one: lambda: alone(model, one))(a)) for a in swapped]
+    sums = compare(variants, packed, lambda done, total: progress("rank", done, total))
+    return {a.linearize_index: s.divergence / s.tokens for a, s in zip(swapped, sums[1:], strict=True)}
+
+
+@contextmanager
+def alone(model: Any, attention: LinearizedAttention) -> Iterator[None]:
+    """Run the model with this layer's mixer, and softmax in every other."""
     with mode(model, "observe"):
-        teacher = [model(row[None]).logits.float().log_softmax(-1) for row in rows]
-        for attention in modules:
-            set_mode(attention, "student")
-            divergence = [_divergence(expected, model(row[None]).logits) for row, expected in zip(rows, teacher, strict=True)]
-            set_mode(attention, "observe")
-            found[attention.linearize_index] = sum(divergence) / len(divergence)
-            progress("rank", len(found), len(modules), layer=attention.linearize_index, kl=round(divergence[-1], 4))
-    return found
-
-
-def _divergence(expected: Tensor, logits: Tensor) -> float:
-    return float(
-        torch.nn.functional.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="none").sum(-1).mean()
-    )
+        set_mode(attention, "student")
+        yield
 
 
 def dearest(costs: Mapping[int, float], count: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linearize import text
 from linearize.checkpoint import check_target
-from linearize.conversion.convert import save
+from linearize.conversion.saving import save
 from linearize.distillation import lora
 from linearize.distillation.loop import Schedule, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters

@@ -75,7 +75,14 @@ def test_a_text_longer_than_the_learned_positions(cli: Cli, here: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "status"),
-    [({}, "supported"), ({"model_type": "gpt_oss"}, "limits"), ({"model_type": "t5"}, "refused"), ({"model_type": "x"}, "unknown")],
+    [
+        ({}, "supported"),
+        ({"model_type": "gpt_oss"}, "limits"),
+        ({"model_type": "t5"}, "refused"),
+        ({"model_type": "x"}, "unknown"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "refused"),
+        ({"linearize": {"method": "default"}}, "refused"),
+    ],
 )
 def test_a_verdict_from_the_config_alone(changes: dict[str, Any], status: str, cli: Cli, here: Path) -> None:
     for path in (here / "tiny").iterdir():

@@ -1,4 +1,4 @@
-"""keep:auto:K keeps the layers whose swap alone costs most, as measured on the calibration text."""
+"""Which layers are converted: those that grow with the text; with keep:auto:K all but those whose swap alone costs most."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from cli.tiny import TEXT, write_model
 from safetensors.torch import load_file, save_file
 
 from linearize.conversion.convert import convert
+from linearize.conversion.plan import Plan, plan_for
+from linearize.conversion.sources import Source
 from linearize.errors import InputError
 
 
@@ -42,3 +44,26 @@ def test_something_must_be_kept_and_something_converted(selector: str, tmp_path:
     source = write_model(tmp_path / "tiny")
     with pytest.raises(InputError, match="cannot read the layers"):
         convert(str(source), layers=selector, calibration=text, output=tmp_path / "out")
+
+
+def planned(layers: str | None, **config: object) -> Plan:
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 12, "vocab_size": 300}
+    return plan_for(Source("x", "x", "memory", None, {**shape, **config}), "default", layers, {}, "calibrated")
+
+
+def test_sliding_layers_are_left_alone() -> None:
+    """They are constant memory already. Asked for, they are converted with a window no longer than their own reach."""
+    gemma = {"model_type": "gemma3_text", "sliding_window": 32}
+    assert list(planned(None, **gemma).parts) == [5, 11]
+    windows = {layer: place.mixer.window for layer, place in planned("all", **gemma).parts.items()}
+    assert windows == {layer: 64 if layer in (5, 11) else 32 for layer in range(12)}
+
+
+def test_a_model_whose_layers_all_slide_is_converted_whole() -> None:
+    assert len(planned(None, model_type="mistral", sliding_window=4096).parts) == 12
+    assert len(planned(None, model_type="qwen2", sliding_window=4096, use_sliding_window=False).parts) == 12
+    assert list(planned(None, model_type="qwen2", sliding_window=32, use_sliding_window=True, max_window_layers=3).parts) == [
+        0,
+        1,
+        2,
+    ]
