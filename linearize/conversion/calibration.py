@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,11 @@ from linearize.methods.calibration import Calibration, relative_error
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import mode, observed
+
+
+def few_logits(model: nn.Module) -> dict[str, int]:
+    """The argument that spares a decoder the logits that nobody reads; an encoder has none."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def calibrate(
@@ -26,5 +32,5 @@ def calibrate(
         report(len(errors), errors[-1])
 
     with torch.no_grad(), observed(model, observe), mode(model, "observe"):
-        model(ids, logits_to_keep=1)
+        model(ids, **few_logits(model))
     return errors

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target, staged
 from linearize.conversion.calibration import calibrate
+from linearize.conversion.detection import auto_class, head
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.sources import ALIASES, Source, resolve
 from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
@@ -28,6 +30,7 @@ from linearize.methods.calibration import Calibration
 from linearize.methods.layout import layout
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import install, linearized_class
+from linearize.modeling.spec import is_causal
 from linearize.progress import Progress, silent
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH, OWN_LENGTH = 2, 1024, 128
@@ -58,7 +61,8 @@ def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = Fa
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
     where = str(source.path) if source.path is not None else source.id
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
+        auto = getattr(transformers, auto_class(source.config, source.id))
+        model = auto.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
     except OSError as error:
         if source.format != "hub":
@@ -101,13 +105,15 @@ def convert_model(
     source: Source | None = None,
     progress: Progress = silent,
 ) -> Any:
-    """Convert a transformers CausalLM in memory. `calibration` (B, T) are token ids; without it the model's own text serves.
+    """Convert a transformers model in memory. `calibration` (B, T) are token ids; without it the model's own text serves.
 
-    Returns a model that generates, saves and trains as any other; the given one lends it its modules.
+    An encoder writes no text of its own: random tokens stand for it.
+    Returns a model that generates (a CausalLM), saves and trains as any other; the given one lends it its modules.
     """
     values = model.config.to_dict()  # type: ignore[union-attr, operator]
     if values.get("linearize"):
         raise UnsupportedError("this model is already linearized", type(model).__name__, "pass the original model")
+    auto_class({**values, "architectures": [type(model).__name__]}, type(model).__name__)
     known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
     plan = plan_for(known, method, layers, options or {}, start)
     new, _ = convert_in_memory(model, plan, calibration, seed, progress)
@@ -121,6 +127,7 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
         torch.manual_seed(seed)  # whatever a start draws depends on the seed alone
         if ids is None:
             ids = own_text(model.eval())
+        ids = ids[:, : plan.max_positions]
         new = attach(model.eval(), plan.config_field())
 
         def begin(index: int, mixer: Mixer, calibration: Calibration) -> None:
@@ -136,20 +143,22 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
 
 
 def own_text(model: Any) -> Tensor:
-    """Token ids (rows, length) that the model itself samples: for a conversion that is given no text."""
+    """Token ids (rows, length) that the model itself samples, or random ones: for a conversion that is given no text."""
+    if not model.can_generate():
+        return torch.randint(model.config.vocab_size, (CALIBRATION_ROWS, OWN_LENGTH), device=model.device)
     begin = torch.tensor([[model.config.bos_token_id or 0]] * CALIBRATION_ROWS, device=model.device)
     length = min(OWN_LENGTH, getattr(model.config, "max_position_embeddings", OWN_LENGTH))
     options = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
     return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
-def calibration_ids(tokenizer: Any, path: Path | None) -> Tensor:
+def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan) -> Tensor:
     """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any."""
     docs = text.documents(str(path) if path is not None else text.BUILTIN)
     training, _ = text.split(docs)
     tokens = text.tokenise(tokenizer, training)
-    longest = max(len(doc) for doc in tokens)
-    rows = text.whole(tokens, min(CALIBRATION_LENGTH, max(longest, 2)))
+    length = min(CALIBRATION_LENGTH, max(max(len(doc) for doc in tokens), 2), plan.max_positions or CALIBRATION_LENGTH)
+    rows = text.whole(tokens, length) if plan.architecture.causal else text.framed(tokenizer, tokens, length)
     step = max(len(rows) // CALIBRATION_ROWS, 1)
     return rows.ids[::step][:CALIBRATION_ROWS]
 
@@ -189,7 +198,7 @@ def convert(
     loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, where), trust_remote_code)
     progress("load", 1, 1)
     check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
-    ids = calibration_ids(tokenizer, calibration)
+    ids = calibration_ids(tokenizer, calibration, plan)
     new, errors = convert_in_memory(loaded.to(where).eval(), plan, ids, seed, progress)
     progress("save", 0, 1)
     save(new, tokenizer, target, overwrite=overwrite)
@@ -218,20 +227,22 @@ def save(
         tokenizer.save_pretrained(stage)
         resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
         (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        (stage / "README.md").write_text(plain_card(plan), encoding="utf-8")
+        card = plain_card(plan, f"AutoModel{head(type(model).__name__) or 'ForCausalLM'}")
+        (stage / "README.md").write_text(card, encoding="utf-8")
         for path in files:
             shutil.copyfile(path, stage / path.name)
 
 
-def plain_card(plan: Mapping[str, Any]) -> str:
-    """A model card that claims nothing: no figure was measured yet."""
+def plain_card(plan: Mapping[str, Any], auto: str) -> str:
+    """A model card that claims nothing: no figure was measured yet. `auto` is the Auto class that loads the model."""
     base = plan["source"]["id"]
     front = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [linearize, linear-attention]\n---\n"
     stages = ", ".join(stage["kind"] for stage in plan["stages"]) or "none: the mixers are as they were started"
     return (
         f"{front}\n# {base} with {len(plan['layers'])} layers linearized\n\nMethod `{plan['method']}`, trained stages: {stages}. "
-        "State of constant size.\n\n```python\nimport linearize  # or trust_remote_code=True\n"
-        "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n```\n"
+        f"{'State of constant size' if is_causal(plan) else 'Cost linear in the length of the text'}.\n\n"
+        "```python\nimport linearize  # or trust_remote_code=True\n"
+        f"from transformers import {auto}\nmodel = {auto}.from_pretrained(PATH)\n```\n"
     )
 
 

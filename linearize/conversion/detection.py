@@ -16,10 +16,14 @@ OPTIONAL = ("num_key_value_heads", "head_dim")
 NO_INTERFACE = "its attention does not go through transformers' attention interface"
 RECURRENT = "it has no softmax attention to convert"
 ALREADY = "its layers are linear or recurrent already"
-BIDIRECTIONAL = "bidirectional encoders are not supported"
+SHARED = "its layers are one module used again and again"
+BOTH_WAYS = "its bidirectional sliding layers are not supported"
+DECODING = "an encoder that runs as a decoder is not supported"
+HEADS = ("ForMaskedLM", "ForSequenceClassification")  # of encoders
 REFUSED = {
-    **dict.fromkeys(("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"), BIDIRECTIONAL),
-    **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
+    "albert": SHARED,
+    "modernbert": BOTH_WAYS,
+    **dict.fromkeys(("deberta", "deberta-v2", "bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), RECURRENT),
     **dict.fromkeys(
         ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "minimax", "nemotron_h", "olmo_hybrid",
@@ -43,6 +47,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return VISION
     if any(word in str(layer) for layer in config.get("layer_types") or [] for word in NATIVE_LINEAR):
         return ALREADY
+    if config.get("is_decoder") and kind in ARCHITECTURES and not ARCHITECTURES[kind].causal:
+        return DECODING
     return None
 
 
@@ -58,6 +64,23 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     if reason is None and kind in ARCHITECTURES:
         return ARCHITECTURES[kind]
     raise refused(kind, where, reason or "it is not among the supported architectures")
+
+
+def head(name: str) -> str:
+    """The head of an encoder's class by that name, or ""."""
+    return next((head for head in HEADS if name.endswith(head)), "")
+
+
+def auto_class(config: Mapping[str, Any], where: str) -> str:
+    """The Auto class that loads a model of this config: a decoder's, or that of an encoder's head. UnsupportedError for others."""
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if family is None or family.causal:
+        return "AutoModelForCausalLM"
+    name = (config.get("architectures") or HEADS)[0]
+    if not head(name):
+        fix = f"load it with transformers as one of {', '.join(f'AutoModel{head}' for head in HEADS)}, and save that"
+        raise UnsupportedError(f"an encoder saved as {name} cannot be converted", where, fix)
+    return f"AutoModel{head(name)}"
 
 
 def refused(kind: str, where: str, reason: str) -> UnsupportedError:
@@ -110,6 +133,7 @@ def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool)
         raise IntegrityError(
             "the model wants to run code from its repository", where, "--trust-remote-code --revision SHA, if you trust it"
         )
+    auto_class(config, where)
     keys = {} if family is None else family.keys
     needed = [name for key in REQUIRED if (name := keys.get(key, key)) in config or family is not None]
     for key in (*needed, *(key for key in OPTIONAL if config.get(key) is not None)):

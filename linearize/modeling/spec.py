@@ -238,3 +238,8 @@ def plan_spec(plan: Mapping[str, Any], layer: Mapping[str, Any]) -> tuple[MixerS
     if version != SCHEMA_VERSION:
         raise ValueError(f"linearize schema {version} is not the one this version reads ({SCHEMA_VERSION})")
     return MixerSpec.from_dict(layer["mixer"]), Shape(**layer["shape"])
+
+
+def is_causal(plan: Mapping[str, Any]) -> bool:
+    """Whether a plan is a decoder's, which predicts the next token; else it is an encoder's."""
+    return all(layer["mixer"].get("causal", True) for layer in plan["layers"])

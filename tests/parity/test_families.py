@@ -1,4 +1,4 @@
-"""Every supported family against transformers' own model: near half, untouched layers, checkpoints, generation."""
+"""Every supported family of decoders against transformers' own model: near half, untouched layers, checkpoints, generation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from linearize.methods import make
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed, replaced
-from linearize.testing.families import tiny_family
+from linearize.testing.families import DECODERS, tiny_family
 from linearize.testing.models import randomise
 
 LENGTH, PADS, STEPS = 23, 6, 8
 METHODS = ("default", "hedgehog", "liger", "lawcat", "gated-deltanet")
 TOLERANCE = 1e-5  # relative to the largest logit, fp32
 
-family = pytest.mark.parametrize("family", ARCHITECTURES)
+family = pytest.mark.parametrize("family", DECODERS)
 
 
 def batch() -> dict[str, Tensor]:
