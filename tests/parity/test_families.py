@@ -184,7 +184,7 @@ def learns(model: Any, inputs: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def test_learned_positions_end() -> None:
-    model = converted(tiny_family("gpt2", n_positions=32), window=4)
+    model = converted(tiny_family("gpt2", max_position_embeddings=32), window=4)
     ids = torch.randint(2, 97, (1, 33))
     assert model(ids[:, :32]).logits.shape[1] == 32
     with pytest.raises(ValueError, match="learned positions for 32 tokens"):
