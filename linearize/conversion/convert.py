@@ -152,13 +152,18 @@ def own_text(model: Any) -> Tensor:
     return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
-def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan) -> Tensor:
-    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any."""
+def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None) -> Tensor:
+    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
+
+    As long as the plan's model takes them and, where that is an encoder, framed by its special tokens.
+    """
     docs = text.documents(str(path) if path is not None else text.BUILTIN)
     training, _ = text.split(docs)
     tokens = text.tokenise(tokenizer, training)
-    length = min(CALIBRATION_LENGTH, max(max(len(doc) for doc in tokens), 2), plan.max_positions or CALIBRATION_LENGTH)
-    rows = text.whole(tokens, length) if plan.architecture.causal else text.framed(tokenizer, tokens, length)
+    limit = plan.max_positions if plan is not None and plan.max_positions else CALIBRATION_LENGTH
+    length = min(CALIBRATION_LENGTH, limit, max(max(len(doc) for doc in tokens), 2))
+    encoder = plan is not None and not plan.architecture.causal
+    rows = text.framed(tokenizer, tokens, length) if encoder else text.whole(tokens, length)
     step = max(len(rows) // CALIBRATION_ROWS, 1)
     return rows.ids[::step][:CALIBRATION_ROWS]
 
