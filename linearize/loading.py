@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from linearize.errors import ResourceError, UsageError
-from linearize.modeling.modeling_linearized import PREFIX, register
+from linearize.modeling.modeling_linearized import PREFIX, linearized_class, register
 from linearize.opening import check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +55,7 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
     register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+    made = linearized_class(config["architectures"][0].removeprefix("Linearized"))
+    model: Any = made.from_pretrained(path, dtype=chosen)
     model = model.to(where).eval()
     return model, AutoTokenizer.from_pretrained(path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import read_config, verify
 from linearize.errors import IntegrityError, UnsupportedError, UsageError
-from linearize.modeling.spec import SCHEMA_VERSION
+from linearize.modeling.spec import SCHEMA_VERSION, is_causal
 
 
 def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
@@ -26,3 +27,10 @@ def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
         )
     verify(directory, hashes)
     return config
+
+
+def need_decoder(plan: Mapping[str, Any], where: str, what: str) -> None:
+    """UnsupportedError for an encoder; `what` begins the sentence, as in 'perplexity is'."""
+    if not is_causal(plan):
+        fix = "use it on its task: AutoModelForMaskedLM or AutoModelForSequenceClassification, and transformers' Trainer"
+        raise UnsupportedError(f"{what} for models that predict the next token, and this is an encoder", where, fix)

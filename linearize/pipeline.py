@@ -25,6 +25,7 @@ from linearize.evaluation.fidelity import LENGTH, Evaluation, evaluate_model, he
 from linearize.loading import load
 from linearize.methods import DEFAULT
 from linearize.methods.base import CALIBRATED, Stage
+from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
 from linearize.serving.session import Session, Settings
 
@@ -50,6 +51,7 @@ def evaluate(
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a checkpoint on text that it was not trained on (the held-out share of `data`, or all of another file)."""
+    need_decoder(check(directory)["linearize"], str(directory), "perplexity and recall are")
     source = data or text.BUILTIN
     docs = text.documents(source)
     model, tokenizer = load(directory, device=device)
@@ -86,7 +88,7 @@ def demo(
     progress("load", 0, 1)
     base, tokenizer = load_source(source, torch.float32)
     progress("load", 1, 1)
-    model, _ = convert_in_memory(base.eval(), plan, calibration_ids(tokenizer, None)[:1], 0, progress)
+    model, _ = convert_in_memory(base.eval(), plan, calibration_ids(tokenizer, None, plan)[:1], 0, progress)
     trained = _teach(model, tokenizer, output, end, overwrite, progress)
     tell("stages", trained)
     progress("load again", 0, 1)

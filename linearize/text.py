@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,10 +101,14 @@ def split(docs: Sequence[str], percent: int = HELD_OUT_PERCENT) -> tuple[list[st
 
 @dataclass(frozen=True)
 class Packed:
-    """Token ids (N, T) and positions (N, T) that start again at each document; targets across a boundary do not count."""
+    """Token ids (N, T) and positions (N, T) that start again at each document; targets across a boundary do not count.
+
+    `mask_token` stands for hidden tokens, where an encoder is to guess them.
+    """
 
     ids: Tensor
     positions: Tensor
+    mask_token: int | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -156,3 +160,11 @@ def whole(documents: Sequence[Sequence[int]], length: int) -> Packed:
     """Rows that each lie inside one document: for figures at long positions, where a boundary would start the text again."""
     inside = [doc[i : i + length] for doc in documents for i in range(0, len(doc) - length + 1, length)]
     return pack(inside or documents, length)
+
+
+def framed(tokenizer: Any, documents: Sequence[Sequence[int]], length: int) -> Packed:
+    """Rows as an encoder reads them: each a piece of one document between the tokenizer's first and last special tokens."""
+    first, last = ([x] if x is not None else [] for x in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    room = max(length - len(first) - len(last), 1)
+    pieces = [[*first, *doc[i : i + room], *last] for doc in documents for i in range(0, len(doc), room)]
+    return replace(whole(pieces, length), mask_token=tokenizer.mask_token_id)

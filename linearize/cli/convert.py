@@ -56,11 +56,12 @@ def convert(
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
             start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    causal = made.plan.architecture.causal
     show.plan(console, made.plan.to_dict())
     show.swap_costs(console, made.swap_costs, made.plan.parts)
     show.start_errors(console, sorted(made.plan.parts), made.errors)
     console.say(f"\nsaved    {made.path}")
-    console.say(f"next     linearize distill {made.path}\n         linearize chat {made.path}")
+    console.say(f"next     linearize distill {made.path}" + (f"\n         linearize chat {made.path}" if causal else ""))
     console.data(made.to_dict())
     return None
 

@@ -63,5 +63,6 @@ def distill(
     found = made.to_dict()
     show.stages(console, found["stages"])
     console.say(f"\nsaved    {made.path}")
-    console.say(f"next     linearize eval {made.path}\n         linearize chat {made.path}")
+    verbs = ("eval", "chat") if made.causal else ("inspect",)
+    console.say("next     " + "\n         ".join(f"linearize {verb} {made.path}" for verb in verbs))
     console.data(found)

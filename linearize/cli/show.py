@@ -27,7 +27,8 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
     )
     console.say()
     layers(console, made)
-    memory(console, made)
+    if made["kv_bytes"]:
+        memory(console, made)
     if "conversion" in made:
         console.facts([("conversion", route(made["conversion"]))])
 
@@ -47,15 +48,16 @@ def layers(console: Console, made: Mapping[str, Any]) -> None:
     def kind(layer: Mapping[str, Any]) -> tuple[Any, ...]:
         return layer.get("was", "softmax"), layer["becomes"], layer["parameters"], layer["state_bytes"]
 
-    rows = []
+    rows, unkept = [], "grows" if made["kv_bytes"] else "none"  # an encoder keeps nothing from call to call
     for (was, becomes, parameters, state), run in groupby(made["layers"], key=kind):
         indices = [layer["index"] for layer in run]
         each = " each" if len(indices) > 1 else ""
         added = f"{number(parameters)}{each}" if parameters else "0"
-        rows.append((span(indices), was, becomes, added, f"{size(state)}{each}" if state else "grows"))
+        rows.append((span(indices), was, becomes, added, f"{size(state)}{each}" if state else unkept))
     kept = made.get("kept", 0)
     total = f"{len(made['layers']) - kept} of {len(made['layers'])}"
-    rows.append(("total", "", total, number(made["parameters_added"]), size(made["state_bytes"]) + (" + KV" if kept else "")))
+    state = size(made["state_bytes"]) + (" + KV" if kept else "") if made["kv_bytes"] else "none"
+    rows.append(("total", "", total, number(made["parameters_added"]), state))
     console.table((Column("layer"), Column("was"), Column("becomes"), Column("+ params", True), Column("state / seq", True)), rows)
 
 
@@ -154,8 +156,8 @@ def checkpoint(console: Console, found: Mapping[str, Any]) -> None:
             ("method", f"{found['method']}  {pairs(found.get('options', {}))}  start {found['start']}"),
             ("stages", trained + ("  (adapter merged)" if found.get("merged") else "")),
             ("layers", f"{len(found['layers'])} converted: {span(layer['index'] for layer in found['layers'])}"),
-            ("state", f"{size(found['state_bytes'])} per sequence"),
-            ("KV would be", ", ".join(f"{size(n)} at {int(length):,}" for length, n in found["kv_bytes"].items())),
+            ("state", f"{size(found['state_bytes'])} per sequence" if found["kv_bytes"] else "none: it is an encoder"),
+            ("KV would be", ", ".join(f"{size(n)} at {int(length):,}" for length, n in found["kv_bytes"].items()) or "none"),
             ("files", "whole, hashes match" if files.get("verified") else "sizes match; hashes not read"),
             ("written by", f"linearize {found['linearize_version']}, schema {found['schema']}"),
         ]

@@ -27,6 +27,7 @@ class Architecture:
     `unrotated`: full (layers with full attention have no RoPE) or listed (those that `no_rope_layers` names).
     `slides`: "" none, all (each layer, where `sliding_window` is set), late (from `max_window_layers` on, where
     `use_sliding_window` is), or a number n (all but each n-th), unless config.json lists `layer_types`.
+    Encoders are not `causal`; those whose learned positions begin after pad_token_id are `after_pad`.
     """
 
     model_type: str
@@ -39,6 +40,8 @@ class Architecture:
     slides: str | int = ""
     learned_positions: bool = False
     limits: str = ""
+    causal: bool = True
+    after_pad: bool = False
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
         return config.get(self.keys.get(key, key))
@@ -91,20 +94,42 @@ class Architecture:
             "fused": " ".join(fused), "out": self.projections.get("o", "") if self.projections.get("o") != SEPARATE["o"] else "",
             "cache": self.cache if self.cache != "past_key_values" else "", "RoPE": self.rope if self.rope != "half" else "",
             "no RoPE in": {"full": "full layers", "listed": "listed layers"}.get(self.unrotated, ""), "sliding": slides,
+            "encoder,": "" if self.causal else "bidirectional",
         }  # fmt: skip
         return [f"{name} {value}" for name, value in found.items() if value]
 
     def max_positions(self, config: Mapping[str, Any]) -> int | None:
         """How many tokens a text may have where positions are learned; None where nothing ends it."""
-        return int(self.value(config, "max_position_embeddings")) if self.learned_positions else None
+        if not self.learned_positions:
+            return None
+        return int(self.value(config, "max_position_embeddings")) - self.first_position(config)
+
+    def first_position(self, config: Mapping[str, Any]) -> int:
+        """The learned position of a text's first token."""
+        return int(config.get("pad_token_id") or 0) + 1 if self.after_pad else 0
 
 
+QUERY = {"q": "query", "k": "key", "v": "value"}
+
+
+def encoder(model_type: str, path: str = "encoder.layer.{}.attention.self", **special: Any) -> Architecture:
+    """A family in BERT's manner, `path` beginning at the model without its head: no cache, no RoPE, learned positions."""
+    of_all = {"rope": "none", "learned_positions": True, "limits": ENCODES, "causal": False}
+    return Architecture(model_type, f"{model_type}.{path}", "", **{"projections": QUERY, **of_all, **special})
+
+
+ENCODES = "bidirectional: methods that are a memory alone; no generate, chat or eval; positions end at max_position_embeddings"
 LEARNED = "learned positions end at max_position_embeddings"
 ARCHITECTURES = {
     a.model_type: a
     for a in (
+        encoder("bert"),
         Architecture("cohere", rope="paired"),
         Architecture("cohere2", rope="paired", unrotated="full", slides=4),
+        encoder("distilbert", "transformer.layer.{}.attention",
+                projections={"q": "q_lin", "k": "k_lin", "v": "v_lin", "o": "out_lin"},
+                keys={"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}),
+        encoder("electra"),
         Architecture("gemma"),
         Architecture("gemma2", slides=2),
         Architecture("gemma3_text", slides=6),
@@ -129,6 +154,7 @@ ARCHITECTURES = {
         Architecture("qwen2", slides="late"),
         Architecture("qwen3", slides="late"),
         Architecture("qwen3_moe", slides="all"),
+        encoder("roberta", after_pad=True),
         Architecture("smollm3", unrotated="listed"),
         Architecture("stablelm"),
         Architecture("starcoder2", slides="all"),

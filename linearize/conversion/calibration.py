@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,11 @@ from linearize.modeling.modeling_linearized import mode, observed
 from linearize.progress import Progress
 
 SEEDS = 2**62
+
+
+def few_logits(model: nn.Module) -> dict[str, int]:
+    """The argument that spares a decoder the logits that nobody reads; an encoder has none."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def start_mixers(
@@ -42,5 +48,5 @@ def start_mixers(
         after(attention)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), observed(model, observe), mode(model, "observe"):
-        model(ids.to(device), logits_to_keep=1)
+        model(ids.to(device), **few_logits(model))
     return errors

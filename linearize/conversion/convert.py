@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target
 from linearize.conversion.calibration import start_mixers
+from linearize.conversion.detection import auto_class
 from linearize.conversion.offload import ON_DISK, Shards, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
@@ -74,7 +76,8 @@ def load_source(
     if offload_to is not None:
         options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to), "dtype": "auto"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
+        auto = getattr(transformers, auto_class(source.config, source.id))
+        model = auto.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
     except OSError as error:
         if source.format != "hub":
@@ -120,13 +123,15 @@ def convert_model(
     source: Source | None = None,
     progress: Progress = silent,
 ) -> Any:
-    """Convert a transformers CausalLM in memory. `calibration` (B, T) are token ids; without it the model's own text serves.
+    """Convert a transformers model in memory. `calibration` (B, T) are token ids; without it the model's own text serves.
 
-    Returns a model that generates, saves and trains as any other; the given one lends it its modules.
+    An encoder writes no text of its own: random tokens stand for it.
+    Returns a model that generates (a CausalLM), saves and trains as any other; the given one lends it its modules.
     """
     values = model.config.to_dict()  # type: ignore[union-attr, operator]
     if values.get("linearize"):
         raise UnsupportedError("this model is already linearized", type(model).__name__, "pass the original model")
+    auto_class({**values, "architectures": [type(model).__name__]}, type(model).__name__)
     known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
     plan = plan_for(known, method, layers, options or {}, start)
     new, _ = convert_in_memory(model, plan, calibration, seed, progress)
@@ -140,6 +145,7 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             ids = own_text(model.eval())
+    ids = ids[:, : plan.max_positions]
     new = attach(model.eval(), plan.config_field(), torch.device("meta"))
     device = next(model.parameters()).device
     errors = start_mixers(new, plan, ids, seed, device, progress)
@@ -166,20 +172,27 @@ def convert_on_disk(
 
 
 def own_text(model: Any) -> Tensor:
-    """Token ids (rows, length) that the model itself samples: for a conversion that is given no text."""
+    """Token ids (rows, length) that the model itself samples, or random ones: for a conversion that is given no text."""
+    if not model.can_generate():
+        return torch.randint(model.config.vocab_size, (CALIBRATION_ROWS, OWN_LENGTH), device=model.device)
     begin = torch.tensor([[model.config.bos_token_id or 0]] * CALIBRATION_ROWS, device=model.device)
     length = min(OWN_LENGTH, getattr(model.config, "max_position_embeddings", OWN_LENGTH))
     options = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
     return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
-def calibration_ids(tokenizer: Any, path: Path | None, longest: int | None = None) -> Tensor:
-    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any; at most `longest`."""
+def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None) -> Tensor:
+    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
+
+    As long as the plan's model takes them and, where that is an encoder, framed by its special tokens.
+    """
     docs = text.documents(str(path) if path is not None else text.BUILTIN)
     training, _ = text.split(docs)
     tokens = text.tokenise(tokenizer, training)
-    length = min(CALIBRATION_LENGTH, longest or CALIBRATION_LENGTH, max(2, *map(len, tokens)))
-    rows = text.whole(tokens, length)
+    limit = plan.max_positions if plan is not None and plan.max_positions else CALIBRATION_LENGTH
+    length = min(CALIBRATION_LENGTH, limit, max(max(len(doc) for doc in tokens), 2))
+    encoder = plan is not None and not plan.architecture.causal
+    rows = text.framed(tokenizer, tokens, length) if encoder else text.whole(tokens, length)
     step = max(len(rows) // CALIBRATION_ROWS, 1)
     return rows.ids[::step][:CALIBRATION_ROWS]
 
@@ -228,7 +241,7 @@ def convert(
         shards = None if folder is None else release(loaded, folder, as_stored)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
-        ids = calibration_ids(tokenizer, calibration, plan.max_positions)
+        ids = calibration_ids(tokenizer, calibration, plan)
         if shards is None:
             new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
         else:
@@ -246,7 +259,7 @@ def measure_swaps(
     progress("load", 0, 1)
     loaded, tokenizer = load_source(plan.source, dtype, trusted)
     progress("load", 1, 1)
-    ids = calibration_ids(tokenizer, calibration, plan.max_positions)
+    ids = calibration_ids(tokenizer, calibration, plan)
     student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
     return swap_costs(student, ids.to(device), progress)
 

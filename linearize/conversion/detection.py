@@ -16,13 +16,17 @@ OPTIONAL = ("num_key_value_heads", "head_dim")
 NO_INTERFACE = "its attention does not go through transformers' attention interface"
 RECURRENT = "it has no softmax attention to convert"
 ALREADY = "its layers are linear or recurrent already"
-BIDIRECTIONAL = "bidirectional encoders are not supported"
+SHARED = "its layers are one module used again and again"
+BOTH_WAYS = "its bidirectional sliding layers are not supported"
+DECODING = "an encoder that runs as a decoder is not supported"
 ENCODER_DECODER = "encoder-decoder models are not supported"
+HEADS = ("ForMaskedLM", "ForSequenceClassification")  # of encoders
 REFUSED = {
+    "albert": SHARED,
+    "modernbert": BOTH_WAYS,
     **dict.fromkeys(
         ("bart", "blenderbot", "led", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5", "whisper"), ENCODER_DECODER),
-    **dict.fromkeys(("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta"), BIDIRECTIONAL),
-    **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
+    **dict.fromkeys(("deberta", "deberta-v2", "bloom", "codegen", "falcon", "gptj", "mpt"), NO_INTERFACE),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"), RECURRENT),
     **dict.fromkeys(
         ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "minimax", "nemotron_h", "olmo_hybrid",
@@ -44,6 +48,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
         return VISION
     if any(word in str(layer) for layer in config.get("layer_types") or [] for word in NATIVE_LINEAR):
         return ALREADY
+    if config.get("is_decoder") and kind in ARCHITECTURES and not ARCHITECTURES[kind].causal:
+        return DECODING
     return None
 
 
@@ -59,6 +65,23 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
     if reason is None and kind in ARCHITECTURES:
         return ARCHITECTURES[kind]
     raise refused(kind, where, reason or "it is not among the supported architectures")
+
+
+def head(name: str) -> str:
+    """The head of an encoder's class by that name, or ""."""
+    return next((head for head in HEADS if name.endswith(head)), "")
+
+
+def auto_class(config: Mapping[str, Any], where: str) -> str:
+    """The Auto class that loads a model of this config: a decoder's, or that of an encoder's head. UnsupportedError for others."""
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if family is None or family.causal:
+        return "AutoModelForCausalLM"
+    name = (config.get("architectures") or HEADS)[0]
+    if not head(name):
+        fix = f"load it with transformers as one of {', '.join(f'AutoModel{head}' for head in HEADS)}, and save that"
+        raise UnsupportedError(f"an encoder saved as {name} cannot be converted", where, fix)
+    return f"AutoModel{head(name)}"
 
 
 def refused(kind: str, where: str, reason: str) -> UnsupportedError:
@@ -86,7 +109,7 @@ def verdict(config: Mapping[str, Any]) -> Verdict:
     """What is known of a model before anything of it is loaded."""
     kind = str(config.get("model_type", ""))
     try:
-        check_config(config, "", trust_remote_code=True)
+        check_supported(config, "")
     except UnsupportedError as error:
         return Verdict(kind, "refused", error.what, nearest(kind))
     if kind not in ARCHITECTURES:
@@ -95,9 +118,8 @@ def verdict(config: Mapping[str, Any]) -> Verdict:
     return Verdict(kind, "limits" if limits else "supported", limits)
 
 
-def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
-    """Refuse a config that is linearized, quantized, wants to run code, or lacks a number. UnsupportedError, IntegrityError."""
-    family = ARCHITECTURES.get(str(config.get("model_type")))
+def check_supported(config: Mapping[str, Any], where: str) -> None:
+    """UnsupportedError for a model that is linearized already, of a kind that is refused, or quantized."""
     if config.get("linearize"):
         method = config["linearize"].get("method", "?")
         raise UnsupportedError(f"this is already a linearized checkpoint ({method})", where, f"train it: linearize distill {where}")
@@ -108,10 +130,17 @@ def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool)
         raise UnsupportedError(
             f"the checkpoint is {kind}; conversion needs full-precision weights", where, "pass the unquantized model"
         )
+
+
+def check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
+    """Refuse a config that is not supported, wants to run code, or lacks a number. UnsupportedError, IntegrityError."""
+    check_supported(config, where)
+    family = ARCHITECTURES.get(str(config.get("model_type")))
     if "auto_map" in config and not trust_remote_code and family is None:
         raise IntegrityError(
             "the model wants to run code from its repository", where, "--trust-remote-code --revision SHA, if you trust it"
         )
+    auto_class(config, where)
     keys = {} if family is None else family.keys
     needed = [name for key in REQUIRED if (name := keys.get(key, key)) in config or family is not None]
     for key in (*needed, *(key for key in OPTIONAL if config.get(key) is not None)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from linearize.checkpoint import read_manifest
 from linearize.conversion.plan import KV_DTYPE_BYTES, KV_LENGTHS
-from linearize.modeling.spec import plan_spec
+from linearize.modeling.spec import is_causal, plan_spec
 from linearize.opening import check
 
 
@@ -22,10 +22,11 @@ def inspect(directory: Path, verify: bool = True) -> dict[str, Any]:
             {"index": layer["index"], "module": layer["module"], "state_bytes": spec.state_bytes(shape), "mixer": spec.to_dict()}
         )
     kv = sum(2 * layer["shape"]["kv_heads"] * layer["shape"]["head_dim"] * KV_DTYPE_BYTES for layer in plan["layers"])
+    lengths = KV_LENGTHS if is_causal(plan) else ()  # an encoder caches nothing
     return {
         "path": str(directory), "model_type": config["model_type"], "method": plan["method"], "options": plan["options"],
         "start": plan["start"], "stages": plan["stages"], "merged": any(s.get("merged") for s in plan["stages"]),
         "source": plan["source"], "layers": layers, "state_bytes": sum(layer["state_bytes"] for layer in layers),
-        "kv_bytes": {str(n): n * kv for n in KV_LENGTHS}, "linearize_version": plan["version"], "schema": plan["schema"],
+        "kv_bytes": {str(n): n * kv for n in lengths}, "linearize_version": plan["version"], "schema": plan["schema"],
         "files": {"verified": verify, "count": len(files), "bytes": sum(file["bytes"] for file in files)},
     }  # fmt: skip

@@ -12,8 +12,8 @@ from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import select_layers
 from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import Route, route
-from linearize.errors import InputError
-from linearize.methods import DEFAULT
+from linearize.errors import InputError, UnsupportedError
+from linearize.methods import DEFAULT, get, single_names
 from linearize.methods.layout import Place, layout
 from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
 
@@ -67,6 +67,7 @@ class Plan:
             "start": self.start,
             "softmax_layers": self.total - len(self.parts),
             "max_positions": self.max_positions,
+            "first_position": self.architecture.first_position(self.source.config),
             "layers": [
                 {
                     "index": i,
@@ -88,6 +89,7 @@ class Plan:
         added = {part.mixer: count_parameters(part.mixer, self.shape) for part in self.parts.values()}
         rows = [self._row(i, self.parts.get(i), added) for i in range(self.total)]
         chosen = len(self.parts)
+        lengths = KV_LENGTHS if self.architecture.causal else ()  # an encoder caches nothing
         return {
             "source": self.source.provenance(), "method": self.method, "start": self.start, "options": dict(self.options),
             "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
@@ -96,8 +98,8 @@ class Plan:
             "conversion": self.route.to_dict(),
             "parameters_added": sum(row["parameters"] for row in rows),
             "state_bytes": self.state_bytes,
-            "kv_bytes": {str(n): self.kv_bytes(n) for n in KV_LENGTHS},
-            "kv_bytes_saved": {str(n): self.kv_bytes(n, chosen) - self.state_bytes for n in KV_LENGTHS},
+            "kv_bytes": {str(n): self.kv_bytes(n) for n in lengths},
+            "kv_bytes_saved": {str(n): self.kv_bytes(n, chosen) - self.state_bytes for n in lengths},
         }  # fmt: skip
 
     def _row(self, index: int, part: Place | None, added: Mapping[MixerSpec, int]) -> dict[str, Any]:
@@ -137,10 +139,22 @@ def reaching(place: Place, sliding: int | None) -> Place:
     return replace(place, mixer=replace(place.mixer, window=sliding))
 
 
+def bidirectional(place: Place, where: str) -> Place:
+    """The place in an encoder. UnsupportedError with the reason if its method supposes that tokens come one after another."""
+    mixer = replace(place.mixer, causal=False)
+    if problems := mixer.problems():
+        serve = [name for name in single_names() if not replace(get(name)().point(), causal=False).problems()]
+        what = f"method {place.name} cannot convert an encoder ({problems[0]})"
+        raise UnsupportedError(what, where, f"--method {' | '.join(serve)}")
+    return replace(place, mixer=mixer)
+
+
 def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
     """The plan for a known source; an error says which layer, option or method is wrong."""
     family = family_of(source)
     places = layout(method, options, start)
+    if not family.causal:
+        places = tuple(place and bidirectional(place, source.id) for place in places)
     chosen = select_layers(layers, family, source.config)
     sliding = family.sliding(source.config)
     parts = {

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import staged
+from linearize.conversion.detection import head
 from linearize.conversion.offload import finite
 from linearize.conversion.streaming import SHARD_BYTES
 from linearize.errors import IntegrityError
+from linearize.modeling.spec import is_causal
 
 
 def save(
@@ -33,18 +35,20 @@ def save(
         tokenizer.save_pretrained(stage)
         resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
         (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        (stage / "README.md").write_text(plain_card(plan), encoding="utf-8")
+        card = plain_card(plan, f"AutoModel{head(type(model).__name__) or 'ForCausalLM'}")
+        (stage / "README.md").write_text(card, encoding="utf-8")
         for path in files:
             shutil.copyfile(path, stage / path.name)
 
 
-def plain_card(plan: Mapping[str, Any]) -> str:
-    """A model card that claims nothing: no figure was measured yet."""
+def plain_card(plan: Mapping[str, Any], auto: str) -> str:
+    """A model card that claims nothing: no figure was measured yet. `auto` is the Auto class that loads the model."""
     base = plan["source"]["id"]
     front = f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [linearize, linear-attention]\n---\n"
     stages = ", ".join(stage["kind"] for stage in plan["stages"]) or "none: the mixers are as they were started"
     return (
         f"{front}\n# {base} with {len(plan['layers'])} layers linearized\n\nMethod `{plan['method']}`, trained stages: {stages}. "
-        "State of constant size.\n\n```python\nimport linearize  # or trust_remote_code=True\n"
-        "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n```\n"
+        f"{'State of constant size' if is_causal(plan) else 'Cost linear in the length of the text'}.\n\n"
+        "```python\nimport linearize  # or trust_remote_code=True\n"
+        f"from transformers import {auto}\nmodel = {auto}.from_pretrained(PATH)\n```\n"
     )

@@ -23,7 +23,8 @@ def add_adapter(model: Any, stage: Stage, seed: int) -> Any:
     family = ARCHITECTURES[model.config.model_type.removeprefix(PREFIX)]
     letters = stage.targets or tuple(family.projections)
     names = [f"{layer['module']}.{family.projections[letter]}" for layer in model.config.linearize["layers"] for letter in letters]
-    config = LoraConfig(r=stage.rank, lora_alpha=ALPHA_PER_RANK * stage.rank, target_modules=names, task_type="CAUSAL_LM")
+    task = "CAUSAL_LM" if family.causal else None  # peft has none for masked language models
+    config = LoraConfig(r=stage.rank, lora_alpha=ALPHA_PER_RANK * stage.rank, target_modules=names, task_type=task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config, autocast_adapter_dtype=True)

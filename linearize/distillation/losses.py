@@ -50,12 +50,13 @@ def weights(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
     total = q.new_zeros(())
     for start in range(0, time, ROW_BLOCK):
         block = slice(start, min(start + ROW_BLOCK, time))
-        later = keys[: block.stop] > keys[block, None]
+        seen = block.stop if mixer.spec.causal else time
+        later = (keys[:seen] > keys[block, None]) & mixer.spec.causal
         if inputs.segments is not None:  # packed documents do not see each other
-            other = inputs.segments[:, None, block, None] != inputs.segments[:, None, None, : block.stop]
+            other = inputs.segments[:, None, block, None] != inputs.segments[:, None, None, :seen]
             later = later | other
-        teacher = inputs.score(q[:, :, block], k[:, :, : block.stop]).masked_fill(later, -torch.inf).softmax(-1)
-        student = phi_q[..., block, :] @ phi_k[:, :, None, : block.stop].transpose(-1, -2)
+        teacher = inputs.score(q[:, :, block], k[:, :, :seen]).masked_fill(later, -torch.inf).softmax(-1)
+        student = phi_q[..., block, :] @ phi_k[:, :, None, :seen].transpose(-1, -2)
         student = student.flatten(1, 2).masked_fill(later, 0)
         log_ratio = student.clamp(min=1e-12).log() - student.sum(-1, keepdim=True).clamp(min=1e-12).log()
         total = total - (teacher * log_ratio.masked_fill(later, 0)).sum()

@@ -18,10 +18,11 @@ from linearize.distillation import lora
 from linearize.distillation.loop import Schedule, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
-from linearize.errors import InputError, UsageError
+from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.loading import load
 from linearize.methods.base import Stage
 from linearize.methods.layout import stages_of
+from linearize.modeling.spec import is_causal
 from linearize.opening import check
 from linearize.progress import Progress, silent
 
@@ -39,6 +40,7 @@ class Distilled:
     path: Path
     stages: list[dict[str, Any]]
     is_main: bool = True
+    causal: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return {"path": str(self.path), "stages": self.stages}
@@ -71,15 +73,18 @@ def distill(
     training, _ = text.split(text.documents(data))
     accelerator = make_accelerator(device)
     model, tokenizer = load(directory, device=str(accelerator.device))
-    rows = text.pack(text.tokenise(tokenizer, training), sequence)
     chosen = stages_for(plan, stage, tokens)
+    sequence = min(sequence, plan.get("max_positions") or sequence)
+    encoded = text.tokenise(tokenizer, training)
+    rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
+    check_encoder(model, chosen, rows, str(directory))
     run = target.with_name(f"{target.name}.run")
     begin_run(accelerator, run, resume)
     facts = {"data": data, "seed": seed, "sequence": sequence, "batch": batch, "processes": accelerator.num_processes}
     teller = progress if accelerator.is_main_process else silent
     found = train_stages(accelerator, model, chosen, rows, run, facts, batch=batch, seed=seed, resume=resume, progress=teller)
     finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
-    return Distilled(target, found.stages, accelerator.is_main_process)
+    return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
 
 
 @dataclass
@@ -96,6 +101,17 @@ def stages_for(plan: Mapping[str, Any], wanted: str, tokens: int | None) -> list
         kinds = ", ".join(s.kind for s in every)
         raise UsageError(f"method {plan['method']} has no stage '{wanted}'", "--stage", f"its stages: {kinds}")
     return [replace(s, tokens=tokens) if tokens else s for s in own]
+
+
+def check_encoder(model: Any, stages: list[Stage], rows: text.Packed, where: str) -> None:
+    """UnsupportedError where an encoder is to learn from logits, but predicts no hidden tokens or has no token to hide others."""
+    if is_causal(model.config.linearize) or all(stage.kind == "attention" for stage in stages):
+        return
+    if not model.config.architectures[0].endswith("ForMaskedLM"):
+        fix = "--stage attention, then fine-tune it on its task with transformers' Trainer"
+        raise UnsupportedError(f"stage lora predicts hidden tokens, which {model.config.architectures[0]} does not", where, fix)
+    if rows.mask_token is None:
+        raise UnsupportedError("stage lora hides tokens, and this tokenizer has no mask token", where, "--stage attention")
 
 
 def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
@@ -172,7 +188,7 @@ def train_stage(
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
         parameters=lambda: {name.removeprefix("base_model.model."): p.data for name, p in every.items()},
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
-        backward=_backward(accelerator, model, stage),
+        backward=_backward(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
         facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", deadline=deadline,
     )  # fmt: skip
@@ -190,11 +206,11 @@ def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: i
     return Schedule(rows, max(round(stage.tokens / a_step), 1), seed, accelerator.num_processes, accelerator.process_index, batch)
 
 
-def _backward(accelerator: Accelerator, model: Any, stage: Stage) -> Any:
+def _backward(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Any:
     if stage.kind == "attention":
         return AttentionTransfer(model, stage).backward
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
-    return LogitDistillation(accelerator, wrapped, model, stage).backward
+    return LogitDistillation(accelerator, wrapped, model, stage, mask_token).backward
 
 
 def finish(

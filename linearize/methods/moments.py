@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
     from linearize.modeling.mixer import Mixer
 
-SAMPLES = 64  # tokens of a row, at equal distances; every pair of them where the key is not later counts
+SAMPLES = 64  # tokens of a row, at equal distances; every pair of them where the query sees the key counts
 LARGEST = 8.0
 STEPS = 30
 
@@ -30,7 +30,7 @@ def match_moments(mixer: Mixer, calibration: Calibration) -> None:
     stream, inputs = mixer.halves(calibration.inputs).stream, calibration.inputs
     time = inputs.q.shape[2]
     sample = torch.linspace(0, time - 1, min(time, SAMPLES), device=inputs.q.device).long()
-    real = sample[:, None] >= sample
+    real = (sample[:, None] >= sample) | (not mixer.spec.causal)
     q, k = stream.far_q.float(), stream.far_k.float().repeat_interleave(mixer.repeats, dim=1)
     q_size, k_size = (x.transpose(0, 1).flatten(1).std(1).clamp(min=1e-6) for x in (q, k))
     wide = inputs.k.float().repeat_interleave(mixer.groups, dim=1)

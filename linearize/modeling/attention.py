@@ -57,7 +57,8 @@ class LinearizedAttention(nn.Module):
         cache = kwargs.pop(self.linearize_cache, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         rope = kwargs.get("position_embeddings")
-        kwargs[self.linearize_cache] = None
+        if self.linearize_cache:  # an encoder has none
+            kwargs[self.linearize_cache] = None
         return super().forward(*args, **kwargs, linearize_context=(cache, hidden, rope, call))
 
     def linearize_attend(
@@ -70,7 +71,7 @@ class LinearizedAttention(nn.Module):
         cos, sin = rope if rope is not None else (None, None)
         inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope)
         if self.linearize_mode == "observe":
-            target = softmax_attention(inputs)
+            target = softmax_attention(inputs, self.linearize.spec.causal)
             if self.linearize_observer is not None:
                 self.linearize_observer(self, inputs, target)
             return target
@@ -113,12 +114,19 @@ AttentionInterface.register(IMPLEMENTATION, attention_function)
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function)
 
 
-def softmax_attention(inputs: Inputs) -> Tensor:
-    """The original attention, causal within each row or packed document, without a T x T tensor: (B, T, H, V)."""
+def softmax_attention(inputs: Inputs, causal: bool = True) -> Tensor:
+    """The original attention within each row or packed document, without a T x T tensor: (B, T, H, V).
+
+    An encoder's (not `causal`) neither slides nor has a softcap or learned sinks.
+    """
     batch, _, time, _ = inputs.q.shape
     rows = make_rows(inputs.mask, inputs.segments, batch, time, inputs.q.device)
     q, k, v = ((x if rows is None else rows.gather(x)) for x in (inputs.q, inputs.k, inputs.v))
     score = inputs.score
+    if not causal:
+        seen = None if rows is None else (rows.valid | (rows.lengths == 0)[:, None])[:, None, None]  # a row of pads sees zeros
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=score.scale)
+        return (out if rows is None else rows.scatter(out)).transpose(1, 2)
     slides = score.sliding is not None and score.sliding < q.shape[2]
     if score.softcap is None and score.null is None and not slides:
         grouped = q.shape[1] != k.shape[1]
@@ -181,7 +189,7 @@ def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
 def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half", sdpa: bool = True) -> None:
     """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were.
 
-    `cache` is the keyword of its cache, `rope` a style of `unrotate`; without `sdpa` its own softmax is computed eagerly.
+    `cache` is the keyword of its cache ("" none), `rope` a style of `unrotate`; without `sdpa` its own softmax is computed eagerly.
     """
     config = copy.copy(attention.config)
     config._attn_implementation_internal = IMPLEMENTATION

@@ -14,6 +14,7 @@ from .backends import additive_chunked, additive_step, tied_chunked, tied_step
 from .convolution import CausalConv
 from .feature_maps import FEATURE_MAPS
 from .gates import GATES, Beta, FixedGate, HiddenGate, Router
+from .recurrence_additive import whole as additive_whole
 from .recurrence_complex import chunked as complex_chunked
 from .recurrence_complex import step as complex_step
 from .recurrence_delta import chunked as delta_chunked
@@ -25,6 +26,7 @@ from .spec import MixerSpec, Shape
 Entries = tuple[Tensor | None, ...]  # what the engine takes of the tokens that enter, in its own order
 ENGINES: dict[str, tuple[Any, Any]] = {
     "additive": (additive_chunked, additive_step),
+    "whole": (additive_whole, additive_step),  # an encoder's: a step is never taken
     "complex": (complex_chunked, complex_step),
     "delta": (delta_chunked, delta_step),
     "slots": (slots_chunked, slots_step),
@@ -55,7 +57,8 @@ class Far(nn.Module):
         self.conv_k = CausalConv(shape.kv_heads, dim, spec.conv) if spec.conv else None
         self.conv_v = CausalConv(shape.kv_heads, shape.value_dim, spec.conv) if spec.conv_v else None
         tied = spec.rule == "delta" and not spec.rank_one
-        self.engine = ENGINES["complex" if spec.decay == "complex" else "tied" if tied else spec.rule]
+        kind = "complex" if spec.decay == "complex" else "tied" if tied else spec.rule
+        self.engine = ENGINES[kind if spec.causal else "whole"]
         self._deltas()
 
     def _deltas(self) -> None:

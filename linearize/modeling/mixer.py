@@ -102,6 +102,8 @@ class Mixer(Leaving):
             self.output = FarOutput(spec, shape)
 
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
+        if not self.spec.causal and (state is not None or keep):
+            raise ValueError("a bidirectional layer has no state: give it whole texts, without a cache")
         with torch.autocast(inputs.q.device.type, enabled=False):
             rows = None
             if inputs.segments is not None or inputs.mask is not None:

@@ -1,4 +1,4 @@
-"""Linearized<Class> for a transformers config or model class: any decoder with its attention swapped by a plan.
+"""Linearized<Class> for a transformers config or model class: any decoder or encoder with its attention swapped by a plan.
 
 The classes are made on first use, by name, from the architecture's own; `config.linearize` is the plan that says which
 modules became which mixers. This file is the entry of a checkpoint's `auto_map`, and every file beside it is reachable
@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ try:
     import torch
     import transformers
     from torch import Tensor, nn
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
+    from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedConfig
     from transformers.models.auto import configuration_auto, modeling_auto
 except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
@@ -28,9 +28,14 @@ except ImportError as error:
 from .attention import IMPLEMENTATION, Call, LinearizedAttention, Observer, set_mode, swap, upgrade_cache
 from .mixer import Mixer
 from .rows import segment_ids
-from .spec import MixerSpec, plan_spec
+from .spec import MixerSpec, is_causal, plan_spec
 
 PREFIX = "linearized_"
+DECODER_HEADS = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"}
+ENCODER_HEADS = {
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
 RUNTIME = Path(__file__).resolve().parent
 
 
@@ -43,13 +48,21 @@ class LinearizedConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if not hasattr(self, "linearize"):
             self.linearize = {}
-        # the model class is made only once a config of it exists: importing every architecture would take seconds
-        base = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[type(self).model_type.removeprefix(PREFIX)]  # type: ignore[attr-defined]
-        AutoModelForCausalLM.register(type(self), linearized_class(base), exist_ok=True)
+        # the model classes are made only once a config of theirs has a plan: importing every architecture would take seconds
+        for auto, made in head_classes(type(self).model_type, self.linearize).items():  # type: ignore[attr-defined]
+            getattr(transformers, auto).register(type(self), linearized_class(made), exist_ok=True)
+
+
+def head_classes(model_type: str, plan: Mapping[str, Any]) -> dict[str, str]:
+    """Which Auto classes load a checkpoint of this plan, and the base's class that each of them makes; none without a plan."""
+    if not plan.get("layers"):
+        return {}
+    tables = DECODER_HEADS if is_causal(plan) else ENCODER_HEADS
+    return {auto: getattr(modeling_auto, table)[model_type.removeprefix(PREFIX)] for auto, table in tables.items()}
 
 
 class LinearizedModelMixin:
-    """What a converted CausalLM does otherwise than its base class."""
+    """What every converted model does otherwise than its base class."""
 
     linearize_mode = "student"
     linearize_swapped: list[LinearizedAttention]
@@ -61,6 +74,57 @@ class LinearizedModelMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self)
+
+    def _check_length(self, time: int, cache: Any = None) -> None:
+        """ValueError for a text longer than the positions that the model learned."""
+        limit = self.config.linearize.get("max_positions")  # type: ignore[attr-defined]
+        total = time + (0 if cache is None else cache.get_seq_length())
+        if limit and total > limit:
+            raise ValueError(f"this model has learned positions for {limit} tokens, and the text has {total}")
+
+    def _told(self, call: Call) -> Call:
+        """The call, which every layer is told of: some families do not hand every keyword on to them."""
+        for attention in self.linearize_swapped:
+            attention.linearize_call = call
+        return call
+
+    def register_for_auto_class(self, *_: Any, **__: Any) -> None:
+        """Nothing: `save_pretrained` writes auto_map itself, with names that no wrapper class can change."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            copy_runtime(Path(save_directory))
+        return result
+
+
+class LinearizedEncoderMixin(LinearizedModelMixin):
+    """What a converted encoder does otherwise than its base class: no cache, and padding and packing by rows."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.linearize_mode != "teacher":
+            tokens = given(input_ids, inputs_embeds)
+            self._check_length(tokens.shape[1])
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError("a linearized encoder takes an attention_mask (batch, tokens), 1 for real tokens")
+            segments = None
+            if attention_mask is None:
+                segments = segment_ids(tokens.shape[1], kwargs.get("cu_seq_lens_q"), position_ids, tokens.device)
+            kwargs["linearize_call"] = self._told(Call(attention_mask, segments))
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+class LinearizedDecoderMixin(LinearizedModelMixin):
+    """What a converted CausalLM does otherwise than its base class."""
 
     def forward(
         self,
@@ -77,9 +141,7 @@ class LinearizedModelMixin:
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("pass input_ids or inputs_embeds")
+        tokens = given(input_ids, inputs_embeds)
         time, segments = tokens.shape[1], None
         self._check_length(time, past_key_values)
         if attention_mask is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
@@ -96,20 +158,11 @@ class LinearizedModelMixin:
                 position_ids = positions(attention_mask, time, past_key_values)
         if past_key_values is not None:
             upgrade_cache(past_key_values, converted(self))
-        call = Call(mask, segments)
-        for attention in self.linearize_swapped:  # for families whose layers do not hand every keyword on
-            attention.linearize_call = call
+        call = self._told(Call(mask, segments))
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=call, **kwargs,
         )  # fmt: skip
-
-    def _check_length(self, time: int, cache: Any) -> None:
-        """ValueError for a text longer than the positions that the model learned."""
-        limit = self.config.linearize.get("max_positions")  # type: ignore[attr-defined]
-        total = time + (0 if cache is None else cache.get_seq_length())
-        if limit and total > limit:
-            raise ValueError(f"this model has learned positions for {limit} tokens, and the text has {total}")
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Without what a family adds: phi3 drops its cache where its RoPE switches tables, and a state cannot be made again."""
@@ -131,14 +184,13 @@ class LinearizedModelMixin:
 
     init_continuous_batching = generate_batch
 
-    def register_for_auto_class(self, *_: Any, **__: Any) -> None:
-        """Nothing: `save_pretrained` writes auto_map itself, with names that no wrapper class can change."""
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
-            copy_runtime(Path(save_directory))
-        return result
+def given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The tokens of a call, whichever way they come; ValueError if they do not."""
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None:
+        raise ValueError("pass input_ids or inputs_embeds")
+    return tokens
 
 
 def positions(attention_mask: Tensor, time: int, cache: Any) -> Tensor:
@@ -257,7 +309,8 @@ def copy_runtime(directory: Path) -> None:
     name = config["architectures"][0].removeprefix("FSDP")
     base, stem = config_name(config["model_type"].removeprefix(PREFIX)), Path(__file__).stem
     config["architectures"] = [name]
-    config["auto_map"] = {"AutoConfig": f"{stem}.Linearized{base}", "AutoModelForCausalLM": f"{stem}.{name}"}
+    heads = head_classes(config["model_type"], config["linearize"])
+    config["auto_map"] = {auto: f"{stem}.Linearized{made}" for auto, made in {"AutoConfig": base, **heads}.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -273,11 +326,10 @@ def linearized_class(base_name: str) -> Any:
         made = type(name, (LinearizedConfigMixin, base), {"__module__": __name__, "model_type": PREFIX + base.model_type})
     else:
         config = linearized_class(base.config_class.__name__)
-        made = type(
-            name,
-            (LinearizedModelMixin, base),
-            {"__module__": __name__, "config_class": config, "forward": _forward_like(base.forward)},
-        )
+        cached = "past_key_values" in inspect.signature(base.forward).parameters
+        mixin = LinearizedDecoderMixin if cached else LinearizedEncoderMixin
+        forward = _forward_like(base.forward, mixin.forward)
+        made = type(name, (mixin, base), {"__module__": __name__, "config_class": config, "forward": forward})
     globals()[name] = made
     return made
 
@@ -287,19 +339,19 @@ def config_name(model_type: str) -> str:
     return str(configuration_auto.CONFIG_MAPPING_NAMES[model_type])  # type: ignore[attr-defined]
 
 
-def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's forward with the signature of the base's: Trainer looks there for labels, generate() for logits_to_keep."""
+def _forward_like(original: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """The mixin's `own` forward with the signature of the base's: Trainer looks there for labels, generate() for logits_to_keep."""
     names = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return LinearizedModelMixin.forward(self, **dict(zip(names, args, strict=False)), **kwargs)
+        return own(self, **dict(zip(names, args, strict=False)), **kwargs)
 
     return forward
 
 
 def register(model_types: Iterable[str]) -> None:
-    """Make AutoConfig (and through it AutoModelForCausalLM) know the linearized form of these families."""
+    """Make AutoConfig (and through it the Auto classes of models) know the linearized form of these families."""
     for model_type in model_types:
         config = linearized_class(config_name(model_type))
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -71,6 +71,11 @@ def _read(q: Tensor, states: Tensor) -> Tensor:
     return q @ states[:, :, None]
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor, g: None, state: Tensor, terraced: int = 0) -> tuple[Tensor, Tensor]:
+    """Bidirectional: all tokens enter, then all queries read. Linear in T; the state stays as it is, empty."""
+    return q @ (k.transpose(-1, -2) @ v)[:, :, None], state
+
+
 def boundary_states(k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """States before and after each chunk (B, M, N, K, V), and the final one."""
     if g is None:

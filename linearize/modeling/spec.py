@@ -100,6 +100,7 @@ class MixerSpec:
     conv_v: bool = False  # on v as well
     conv_silu: bool = False  # SiLU after it
     state_dtype: str = "float32"
+    causal: bool = True  # false: an encoder's layer, whose tokens all enter the memory before any of them reads it
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MixerSpec:
@@ -202,6 +203,8 @@ class MixerSpec:
 
     def state_bytes(self, shape: Shape, dtype_bytes: int = 4) -> int:
         """Bytes of one sequence's state in one layer, for a model whose activations take `dtype_bytes` each."""
+        if not self.causal:
+            return 0  # an encoder reads each text once and carries nothing on
         kv = (shape.head_dim + shape.value_dim) * shape.kv_heads * dtype_bytes
         extra = sum(self.kept_far(shape).values()) * shape.kv_heads * 4
         extra += sum(self.arrivals(shape).values()) * self.memories(shape) * 4
@@ -235,3 +238,8 @@ def plan_spec(plan: Mapping[str, Any], layer: Mapping[str, Any]) -> tuple[MixerS
     if version != SCHEMA_VERSION:
         raise ValueError(f"linearize schema {version} is not the one this version reads ({SCHEMA_VERSION})")
     return MixerSpec.from_dict(layer["mixer"]), Shape(**layer["shape"])
+
+
+def is_causal(plan: Mapping[str, Any]) -> bool:
+    """Whether a plan is a decoder's, which predicts the next token; else it is an encoder's."""
+    return all(layer["mixer"].get("causal", True) for layer in plan["layers"])

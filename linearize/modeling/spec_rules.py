@@ -14,7 +14,7 @@ Rule = tuple[bool, str]
 
 def rules(s: Any) -> list[Rule]:
     """(broken, reason) for every rule of a MixerSpec whose fields have legal values."""
-    return [*_near(s), *_merge(s), *_memory(s), *_gate(s), *_far_output(s)]
+    return [*_near(s), *_merge(s), *_memory(s), *_gate(s), *_far_output(s), *([] if s.causal else _bidirectional(s))]
 
 
 def _near(s: Any) -> list[Rule]:
@@ -138,4 +138,17 @@ def _far_output(s: Any) -> list[Rule]:
     return [
         (s.conv == 1, "a convolution of one tap does nothing: conv must be 0 or at least 2"),
         (not s.conv and (s.conv_v or s.conv_silu), "conv_v and conv_silu belong to a convolution"),
+    ]
+
+
+def _bidirectional(s: Any) -> list[Rule]:
+    """What supposes that tokens come one after another is no part of an encoder's layer."""
+    return [
+        (s.merge != "far", f"merge '{s.merge}' has a near half, and an encoder's layer is a memory of all tokens: merge 'far'"),
+        (s.rule != "additive", f"rule '{s.rule}' depends on the order of the tokens, and an encoder has none: rule 'additive'"),
+        (s.decay != "none", f"decay '{s.decay}' forgets earlier tokens, and to an encoder none is earlier: decay 'none'"),
+        (bool(s.conv), "the convolution is causal, and an encoder is not: conv=0"),
+        (bool(s.experts), "routed memories are of causal layers: experts=0"),
+        (not s.normalise, "a sum over all tokens grows with the text, and an encoder has no decay against it: normalise=true"),
+        (s.state_dtype != "float32", "an encoder's layer has no state to store: leave state_dtype at float32"),
     ]

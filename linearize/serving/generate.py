@@ -15,6 +15,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 
 from linearize.loading import load
 from linearize.modeling.spec import Shape
+from linearize.opening import need_decoder
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
@@ -55,6 +56,9 @@ class Generator:
     tokenizer: Any
     last: dict[str, Any] = field(default_factory=dict)
     _stop: _Stop = field(default_factory=_Stop)
+
+    def __post_init__(self) -> None:
+        need_decoder(self.model.config.linearize, type(self.model).__name__, "generation is")
 
     def new_cache(self) -> Any:
         return DynamicCache(config=self.model.config)

@@ -1,11 +1,16 @@
-"""A tiny random model of each supported family, with what is special about the family switched on."""
+"""A tiny random model of each supported family, decoders and encoders, with what is special about the family switched on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from linearize.conversion.architectures import ARCHITECTURES
+
+DECODERS = [name for name, family in ARCHITECTURES.items() if family.causal]
+ENCODERS = [name for name in ARCHITECTURES if name not in DECODERS]
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -16,7 +21,10 @@ MHA = {"num_key_value_heads": 4}
 MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bert": MHA,
     "cohere2": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64},
+    "distilbert": {**MHA, "dim": 48, "n_heads": 4, "n_layers": 3, "hidden_dim": 64},
+    "electra": {**MHA, "embedding_size": 32},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64, "query_pre_attn_scalar": 16},
@@ -33,16 +41,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "phi": {"qk_layernorm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {"head_dim": 16, **MIXTURE},
+    "roberta": {**MHA, "pad_token_id": 1, "bos_token_id": 0},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
 }
 
 
-def tiny_family(model_type: str, seed: int = 0, **changes: Any) -> Any:
-    """Three layers, 4 heads over 2 kv heads, vocabulary 97; biases and norms random too, in eval mode."""
+def tiny_family(model_type: str, seed: int = 0, auto: Any = None, **changes: Any) -> Any:
+    """Three layers, 4 heads over 2 kv heads, vocabulary 97; biases and norms random too, in eval mode.
+
+    `auto` is the Auto class that makes it: by default one for causal language models, or for an encoder masked ones.
+    """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**COMMON, **SPECIAL.get(model_type, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    auto = auto or (AutoModelForMaskedLM if model_type in ENCODERS else AutoModelForCausalLM)
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms start at one and biases at zero: a test would not see them left out

@@ -152,7 +152,8 @@ class Document:
                     if lost is not None and spec.coverage == "older":
                         self._enter(g, lost)
                 if spec.coverage == "all" and spec.has_far:
-                    self._enter(g, t)
+                    for j in self.arriving(t):
+                        self._enter(g, j)
             self.exact.append([sorted(own) for own in slots])
             for h in range(self.heads if spec.has_far else 0):
                 memory = self.memories[h * len(self.memories) // self.heads]
@@ -162,6 +163,12 @@ class Document:
         if not spec.has_far:
             return self.v, self.v
         return torch.stack([torch.stack(x) for x in reads]), torch.stack([torch.stack(x) for x in masses])
+
+    def arriving(self, t: int) -> list[int]:
+        """The tokens that a memory of all takes before query t reads it: its own, or in an encoder the whole text at once."""
+        if self.spec.causal:
+            return [t]
+        return list(range(self.time)) if t == 0 else []
 
     def _enter(self, g: int, j: int) -> None:
         self.entered[g].append(j)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -57,6 +57,21 @@ def method_points(chosen: tuple[str, ...] = ()) -> list[Point]:
                 spec = make(name, {**small(name), **NEAR, **varied}).point()
                 points.setdefault(spec, "-".join([name, *(f"{key}={value}" for key, value in varied.items())]))
     return [Point(label, spec) for spec, label in points.items()]
+
+
+OF_ENCODERS: tuple[dict[str, Any], ...] = (
+    {"share_kv": True, "norm": "rms", "out_gate": "sigmoid"}, {"tied_maps": True, "scaled": True, "far_rope": False},
+    {"out_map": True, "skip": True, "norm": "group", "out_gate": "silu"},
+)  # fmt: skip
+
+
+def bidirectional_points() -> list[Point]:
+    """Every method that can serve an encoder, in its bidirectional form; Hedgehog also with what else such a layer may have."""
+    own = {name: replace(spec, causal=False) for name, spec in own_points().items()}
+    points = [Point(f"bidirectional-{name}", spec) for name, spec in own.items() if not spec.problems()]
+    for changes in OF_ENCODERS:
+        points.append(Point(f"bidirectional-hedgehog-{'-'.join(changes)}", replace(own["hedgehog"], **changes)))
+    return points
 
 
 MAPS = ("identity", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.cli import run
 
@@ -52,6 +53,20 @@ def write_model(folder: Path, **changes: object) -> Path:
         "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
     }  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**{**config, **changes})).save_pretrained(folder)  # type: ignore[arg-type]
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_encoder(folder: Path, auto: Any = AutoModelForMaskedLM, model_type: str = "bert") -> Path:
+    """A BERT of two layers, hidden 32, for texts of 64 tokens, in `folder`."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    words.add_special_tokens({"cls_token": "<|start|>", "sep_token": "<|end|>", "mask_token": "<|mask|>"})
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(words),
+        initializer_range=0.2, max_position_embeddings=64, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    auto.from_config(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

@@ -28,7 +28,17 @@ REFUSALS = [
     Fault("already linear", 4, "linear or recurrent already", "convert tiny", spoil.config(model_type="qwen3_next"), "qwen3"),
     Fault("says linear", 4, "linear or recurrent already", "convert tiny", spoil.config(model_type="new", layer_types=LINEAR)),
     Fault("not through the interface", 4, "attention interface", "convert tiny", spoil.config(model_type="falcon")),
-    Fault("encoder", 4, "bidirectional", "convert tiny", spoil.config(model_type="bert")),
+    Fault("encoder", 4, "one module used again", "convert tiny", spoil.config(model_type="albert")),
+    Fault("encoder as decoder", 4, "runs as a decoder", "convert tiny", spoil.config(model_type="bert", is_decoder=True)),
+    Fault("window in an encoder", 4, "near half", "plan tiny", spoil.config(model_type="bert", architectures=None), "hedgehog"),
+    Fault(
+        "another head",
+        4,
+        "ForTokenClassification",
+        "plan tiny",
+        spoil.config(model_type="bert", architectures=["BertForTokenClassification"]),
+        "AutoModelForMaskedLM",
+    ),
     Fault("unknown to transformers", 4, "transformers cannot build it", "convert tiny", spoil.config(model_type="gpt9")),
 ]
 
@@ -78,6 +88,7 @@ def test_a_text_longer_than_the_learned_positions(cli: Cli, here: Path) -> None:
     [
         ({}, "supported"),
         ({"model_type": "gpt_oss"}, "limits"),
+        ({"model_type": "bert"}, "limits"),
         ({"model_type": "t5"}, "refused"),
         ({"model_type": "x"}, "unknown"),
         ({"quantization_config": {"quant_method": "gptq"}}, "refused"),

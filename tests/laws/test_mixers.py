@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from linearize.modeling.spec import MixerSpec
-from linearize.testing import method_points, pairwise_points, random_inputs, random_mixer, random_points, tiny_shape
+from linearize.testing import (
+    bidirectional_points,
+    method_points,
+    pairwise_points,
+    random_inputs,
+    random_mixer,
+    random_points,
+    tiny_shape,
+)
 from linearize.testing.laws import LAWS, STREAMS, deviation, run
 from linearize.testing.points import AXES, pairs
 
 LONG = 4096
 
-POINTS = [*method_points(), *pairwise_points()]  # each with GQA or MHA in turn
+POINTS = [*method_points(), *pairwise_points(), *bidirectional_points()]  # each with GQA or MHA in turn
 SETTINGS: dict[str, tuple[MixerSpec, int]] = {
     f"{p.id}-{'mha' if i % 2 else 'gqa'}": (p.spec, 4 if i % 2 else 2) for i, p in enumerate(POINTS)
 }
@@ -79,3 +88,36 @@ def test_random_points() -> None:
                 LAWS[law](point.spec, 4 if number % 2 else 2)
             except AssertionError as error:
                 raise AssertionError(f"{law}, {point.id}: {error}") from None
+
+
+BIDIRECTIONAL = bidirectional_points()
+
+
+def test_a_bidirectional_mixer_has_no_state() -> None:
+    spec = BIDIRECTIONAL[0].spec
+    mixer, inputs = random_mixer(spec), random_inputs(tiny_shape(), 5)
+    assert spec.state_bytes(tiny_shape()) == 0
+    assert mixer(inputs)[1] is None
+    for options in ({"keep": True}, {"state": {"count": torch.zeros(2, dtype=torch.long)}}):
+        with pytest.raises(ValueError, match="has no state"):
+            mixer(inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"window": 4, "merge": "denominator", "coverage": "older"}, {"rule": "delta", "normalise": False}, {"decay": "head"},
+     {"conv": 2}, {"experts": 2, "active": 1}, {"normalise": False}, {"state_dtype": "bfloat16"}],
+    ids=str,
+)  # fmt: skip
+def test_what_no_bidirectional_mixer_has(changes: dict[str, Any]) -> None:
+    spec = replace(MixerSpec(merge="far", coverage="all"), **changes)
+    assert not spec.problems()
+    assert len(replace(spec, causal=False).problems()) == 1 + (changes.get("rule") == "delta")
+
+
+def test_which_methods_serve_an_encoder() -> None:
+    served = {point.id.removeprefix("bidirectional-") for point in BIDIRECTIONAL}
+    assert served >= {
+        "based-linear", "cosformer", "feedforward-kernel", "flatten", "hedgehog", "linear-transformer", "lln", "nalaformer",
+        "performer", "rebased", "t2r",
+    }  # fmt: skip

@@ -11,16 +11,17 @@ from environments import Environment
 from linearize import convert_model
 from linearize.conversion.architectures import ARCHITECTURES
 from linearize.modeling.modeling_linearized import attentions
-from linearize.testing.families import tiny_family
+from linearize.testing.families import ENCODERS, tiny_family
 from linearize.testing.models import randomise
 from linearize.testing.points import REPRESENTATIVE
 
 ABSENT = ("linearize", "peft", "accelerate", "rich_click", "datasets", "pytest")
 RUN = """
+import json
 import sys
 from pathlib import Path
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 trust = sys.argv[1] == "trust"
 if trust:
@@ -32,11 +33,14 @@ ids = torch.arange(2, 42).view(2, 20)
 mask = torch.ones_like(ids)
 mask[1, :5] = 0
 for folder in sorted(path for path in Path(sys.argv[2]).iterdir() if path.is_dir()):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+    heads = json.loads((folder / "config.json").read_text())["auto_map"]
+    auto = "AutoModelForMaskedLM" if "AutoModelForMaskedLM" in heads else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=trust).eval()
     assert type(model).__module__.startswith("transformers_modules" if trust else "linearize"), type(model)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
-        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        asked = {"max_new_tokens": 8, "do_sample": False}
+        tokens = model.generate(ids, attention_mask=mask, **asked) if model.can_generate() else ids
     torch.save({"logits": logits, "tokens": tokens}, Path(sys.argv[3]) / f"{folder.name}.pt")
     if trust:
         model.save_pretrained(Path(sys.argv[3]) / folder.name)
@@ -45,9 +49,9 @@ for folder in sorted(path for path in Path(sys.argv[2]).iterdir() if path.is_dir
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of each family with the default method, and of each method on llama."""
+    """A checkpoint of each family with the default method (encoders with Hedgehog), and of each method on llama."""
     root = tmp_path_factory.mktemp("checkpoints")
-    families = [(family, "default") for family in ARCHITECTURES]
+    families = [(family, "hedgehog" if family in ENCODERS else "default") for family in ARCHITECTURES]
     for family, method in [*families, *(("llama", method) for method in (*REPRESENTATIVE, "liger-h"))]:
         model = convert_model(tiny_family(family), method=method)
         for attention in attentions(model):

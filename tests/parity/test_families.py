@@ -1,4 +1,4 @@
-"""Every supported family against transformers' own model: near half, untouched layers, checkpoints, generation."""
+"""Every supported family of decoders against transformers' own model: near half, untouched layers, checkpoints, generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linearize.methods import make
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed, replaced
-from linearize.testing.families import tiny_family
+from linearize.testing.families import DECODERS, tiny_family
 from linearize.testing.models import randomise
 
 LENGTH, PADS, STEPS = 23, 6, 5
@@ -31,11 +31,11 @@ TURNED = 1e-4  # where angles in fp32 are turned there and back
 DISTINCT = ("llama", "gemma3_text", "gpt2", "gpt_neox", "phi3")
 MATRIX = [
     pytest.param(family, method, layers, marks=() if method == "default" or family in DISTINCT else pytest.mark.exhaustive)
-    for family in ARCHITECTURES
+    for family in DECODERS
     for method, layers in [*((name, "all") for name in METHODS), ("default", "1")]
 ]
 
-family = pytest.mark.parametrize("family", ARCHITECTURES)
+family = pytest.mark.parametrize("family", DECODERS)
 
 
 def batch() -> dict[str, Tensor]:
