@@ -111,10 +111,12 @@ def plan_for(source: Source, method: str, layers: str | None, options: Mapping[s
     family = architecture(source.config, source.id)
     places = layout(method, options, start)
     chosen = select_layers(layers, family, source.config)
-    parts = {layer: place for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None}
+    shape, norm_eps = family.shape(source.config), float(source.config.get("rms_norm_eps", 1e-6))
+    given = ((layer, places[i % len(places)]) for i, layer in enumerate(chosen))
+    parts = {layer: place.within(shape, norm_eps) for layer, place in given if place is not None}
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
-    return Plan(source, family, method, dict(options), start, parts, family.shape(source.config))
+    return Plan(source, family, method, dict(options), start, parts, shape)
 
 
 def make_plan(

@@ -66,7 +66,8 @@ class LinearizedAttention(nn.Module):
         if call is None:
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
-        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin)
+        raw_q, raw_k = raw(self, "q_norm", q), raw(self, "k_norm", k)
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, raw_q, raw_k)
         if self.linearize_mode == "observe":
             target = softmax_attention(inputs)
             if self.linearize_observer is not None:
@@ -86,6 +87,31 @@ class LinearizedAttention(nn.Module):
 
             layer.advance(after, q.shape[2], replay)
         return out  # type: ignore[no-any-return]
+
+
+class RecordedNorm(nn.Module):
+    """Mixed in before the class of a q or k norm by `swap`: keeps its input until the attention function takes it."""
+
+    linearize_input: Tensor | None = None
+    linearize_recording: bool = False
+
+    def forward(self, x: Tensor) -> Any:
+        self.linearize_input = x if self.linearize_recording else None
+        return super().forward(x)
+
+
+def raw(attention: Any, name: str, like: Tensor) -> Tensor | None:
+    """The input of a recorded norm in the shape of what came out of it, `like` (B, heads, T, D); None where none is recorded."""
+    norm: Any = getattr(attention, name, None)
+    if not getattr(norm, "linearize_recording", False):
+        return None
+    x: Tensor | None = norm.linearize_input
+    norm.linearize_input = None
+    if x is None:
+        raise ValueError(f"{name} was not called: another kernel stands in its place, and the mixer reads its input")
+    if x.shape == like.shape and x.stride(1) <= x.stride(2):  # (B, heads, T, D), a view of heads that lie side by side
+        return x
+    return x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
 
 
 def attention_function(
@@ -151,10 +177,10 @@ def upgrade_cache(cache: Any, indices: list[int]) -> None:
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass for an attention class, findable by name in this module so that it pickles."""
+def linearized_class_of(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass for a class of attention or norm, findable by name in this module so that it pickles."""
     if base not in _CLASSES:
-        made = type(f"Linearized{base.__name__}", (LinearizedAttention, base), {"__module__": __name__})
+        made = type(f"Linearized{base.__name__}", (mixin, base), {"__module__": __name__})
         _CLASSES[base] = globals()[made.__name__] = made
     return _CLASSES[base]
 
@@ -166,7 +192,9 @@ def swap(attention: Any, mixer: Mixer, cache: str, index: int) -> None:
     original = copy.copy(attention.config)
     if original._attn_implementation_internal in (None, IMPLEMENTATION):
         original._attn_implementation_internal = "sdpa" if getattr(attention, "linearize_sdpa", True) else "eager"
-    attention.__class__ = linearized_attention_class(type(attention))
+    attention.__class__ = linearized_class_of(type(attention), LinearizedAttention)
+    for norm in () if mixer.spec.far_norm else norms(attention):
+        norm.__class__ = linearized_class_of(type(norm), RecordedNorm)
     attention.linearize = mixer
     attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
     attention.linearize_cache, attention.linearize_index = cache, index
@@ -174,6 +202,14 @@ def swap(attention: Any, mixer: Mixer, cache: str, index: int) -> None:
     set_mode(attention, "student")
 
 
+def norms(attention: Any) -> list[Any]:
+    """The attention's own norms of queries and keys."""
+    return [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+
+
 def set_mode(attention: Any, mode: str) -> None:
     attention.linearize_mode = mode
+    for norm in norms(attention):
+        if isinstance(norm, RecordedNorm):
+            norm.linearize_recording = mode != "teacher"
     attention.config = attention.linearize_configs[mode]
