@@ -37,24 +37,28 @@ def export(
     as_json: flags.Json = False,
     overwrite: flags.Overwrite = False,
 ) -> None:
-    """Write a checkpoint as a model that transformers has itself.
+    """Write a checkpoint as a model that other software knows.
 
-    It then loads without linearize and without custom code. Only gated-deltanet on Qwen3 and mamba2 on Llama,
-    Mistral or Granite, both with --set native=true, are layers of transformers too; anything else is refused with
-    the reason. Both models run on the same text first, and nothing is written if their logits differ.
+    It then loads without linearize and without custom code. gated-deltanet on Qwen3, and mamba2 on Llama, Mistral or
+    Granite, both with --set native=true, are layers of transformers too; fla has gated-deltanet where all layers are
+    converted. Anything else is refused with the reason. Both models run on the same text first, and nothing is written
+    if their logits differ.
     """
     from linearize.conversion.export import export as run
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(directory, to=to.value, output=output, dtype=dtype.value, overwrite=overwrite, progress=progress)
-    kept = f"{made.kept} kept softmax" if made.kept else "none kept"
+    layers = f"{span(made.layers)} recurrent, {span(made.kept) or 'none'} softmax"
+    compared = "not compared: its kernels need a GPU"
+    if made.difference is not None:
+        compared = f"{made.difference:.0e} relative RMSE against linearize's, in float32"
     console.facts(
         [
             ("model", f"{made.model_type}  {made.dtype}  needs {made.requires}"),
-            ("layers", f"{span(made.layers)} recurrent, {kept}"),
-            ("logits", f"{made.difference:.0e} relative RMSE against linearize's, in float32"),
-            ("note", "" if made.kept else WITHOUT_CACHE),
+            ("layers", layers),
+            ("logits", compared),
+            ("note", "" if made.kept or to is Target.fla else WITHOUT_CACHE),
         ]
     )
     console.say(f"\nsaved    {made.path}")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from linearize.checkpoint import verify
 from linearize.conversion.convert import convert_model, save
-from linearize.conversion.export import BOUND, export
-from linearize.conversion.hosts import HOSTS
-from linearize.errors import IntegrityError, UnsupportedError, UsageError
+from linearize.conversion.export import BOUND, HOSTS, export
+from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
 from linearize.modeling.modeling_linearized import attentions
 from linearize.testing import randomise
 from linearize.testing.families import tiny_family
@@ -162,7 +162,7 @@ REFUSED = [
     (Case("llama", "mamba2", ""), True, "64 wide together"),
     (Case("llama", "mamba2", "", changes=(("head_dim", 12),)), True, "attention_bias"),
     (Case("mistral", "mamba2", "", "1", changes=(("head_dim", 12), ("sliding_window", 8))), True, "sliding window"),
-    (Case("qwen3", "gated-deltanet", "", options=(("negative", True),)), True, "one delta update"),
+    (Case("qwen3", "gated-deltanet", "", options=(("negative", True),)), True, "at a rate from 0 to 1"),
     (Case("qwen3", "gated-deltanet", "", options=(("conv", 0),)), True, "convolves queries, keys and values"),
     (Case("qwen3", "gated-deltanet", "", options=(("window", 4),)), True, "exact softmax window"),
     (Case("qwen3", "gated-deltanet", "", options=(("state_dtype", "bfloat16"),)), True, "stored in bfloat16"),
@@ -180,11 +180,28 @@ def test_what_transformers_has_not_is_refused_with_the_reason(case: Case, native
     assert not (tmp_path / "out").exists()
 
 
+def test_fla_has_one_layer_and_no_hybrid_of_it(tmp_path: Path) -> None:
+    for case, reason in ((CASES[1], "layers such as 1 are softmax"), (CASES[4], "rule 'additive'")):
+        with pytest.raises(UnsupportedError, match=reason):
+            export(case.write(tmp_path / str(case)), to="fla", output=tmp_path / "out")
+    if find_spec("fla") is None:
+        with pytest.raises(ResourceError, match="flash-linear-attention is not installed"):
+            export(CASES[0].write(tmp_path / "whole"), to="fla", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_older_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 5.23 granitemoehybrid had one norm over all heads: it would load the weights and say nothing."""
+    monkeypatch.setattr("linearize.conversion.export.version", lambda _: "5.22.1")
+    with pytest.raises(ResourceError, match=r"transformers 5\.22\.1 computes something else"):
+        export(HYBRID[1].write(tmp_path / "source"), output=tmp_path / "out")
+
+
 def test_nothing_is_written_where_the_logits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = HYBRID[0].write(tmp_path / "source")
-    host = HOSTS["delta"]
+    host = HOSTS["transformers"]["delta"]
     wrong = replace(host, rest=lambda weights: {name: 1.01 * x for name, x in host.rest(weights).items()})
-    monkeypatch.setitem(HOSTS, "delta", wrong)
+    monkeypatch.setitem(HOSTS["transformers"], "delta", wrong)
     with pytest.raises(IntegrityError, match="computes something else"):
         export(source, output=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
@@ -212,7 +229,7 @@ def test_command(cli: Cli, tmp_path: Path) -> None:
     assert f"saved    {tmp_path / 'out'}" in done.out
     found = json.loads(cli("export", source, "--json", "-o", tmp_path / "again").out)
     assert found["model_type"] == "qwen3_5_text"
-    assert found["layers"] == [0, 2]
+    assert (found["layers"], found["kept"]) == ([0, 2], [1])
 
 
 def test_a_refusal_is_two_lines_and_code_4(cli: Cli, tmp_path: Path) -> None:
