@@ -61,7 +61,7 @@ def register() -> None:
     from linearize.conversion.architectures import ARCHITECTURES
     from linearize.modeling.modeling_linearized import register as register_architectures
 
-    register_architectures([a.arch for a in ARCHITECTURES.values()])
+    register_architectures(ARCHITECTURES)
 
 
 def watch() -> None:

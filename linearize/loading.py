@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import ResourceError, UsageError
+from linearize.modeling.modeling_linearized import PREFIX, register
 from linearize.opening import check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +54,7 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") ->
     config = check(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
+    register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
     model = model.to(where).eval()
     return model, AutoTokenizer.from_pretrained(path)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import chat, convert, demo, distill, eval, export, generate, inspect, methods
+from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, methods
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
 
@@ -40,6 +40,7 @@ def build() -> typer.Typer:
     add("distill", MAKE, distill.distill, distill.EXAMPLES)
     add("eval", MEASURE, eval.evaluate, eval.EXAMPLES)
     add("inspect", MEASURE, inspect.inspect, inspect.EXAMPLES)
+    add("architectures", MEASURE, architectures.architectures, architectures.EXAMPLES)
     add("methods", MEASURE, methods.methods, methods.EXAMPLES)
     add("chat", USE, chat.chat, chat.EXAMPLES)
     add("generate", USE, generate.generate, generate.EXAMPLES)

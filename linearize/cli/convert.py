@@ -57,6 +57,7 @@ def convert(
             start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     show.plan(console, made.plan.to_dict())
+    show.swap_costs(console, made.swap_costs, made.plan.parts)
     show.start_errors(console, sorted(made.plan.parts), made.errors)
     console.say(f"\nsaved    {made.path}")
     console.say(f"next     linearize distill {made.path}\n         linearize chat {made.path}")

@@ -115,7 +115,7 @@ Layers = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
-        help="Layers to convert: all, 0-5,9, every:4 (each 4th stays), keep:25%.",
+        help="Layers to convert: all, 0-5,9, every:4 (each 4th stays), keep:25%, keep:auto:3.",
         rich_help_panel=NEW,
         show_default="those that grow",
     ),

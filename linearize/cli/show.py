@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,12 +21,20 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
         [
             ("model", "  ".join(x for x in (called, alias, made["architecture"], f"{count} layers") if x)),
             ("from", where),
+            ("limits", made.get("limits", "")),
             ("method", "  ".join(x for x in (made["method"], pairs(made["options"]), f"start {made['start']}") if x)),
         ]
     )
     console.say()
     layers(console, made)
     memory(console, made)
+    if "conversion" in made:
+        console.facts([("conversion", route(made["conversion"]))])
+
+
+def route(found: Mapping[str, Any]) -> str:
+    """Whether the weights are ever whole in memory."""
+    return f"streamed, peak about {size(found['peak_bytes'])}" if found["streamed"] else f"in memory ({found['reason']})"
 
 
 def at(source: Mapping[str, Any]) -> str:
@@ -116,6 +124,17 @@ def errors(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     worst = ", ".join(f"layer {layer['index']} {percent(layer['relative_error'])}" for layer in order[:3])
     console.say()
     console.facts([("layer error", f"median {percent(order[len(order) // 2]['relative_error'])}; worst: {worst}")])
+
+
+def swap_costs(console: Console, costs: Mapping[int, float], converted: Container[int]) -> None:
+    """What each layer's swap alone costs, dearest first, and which layers stay for that."""
+    if not costs:
+        return
+    rows = [
+        (str(i), figure(costs[i], 4), "converted" if i in converted else "kept") for i in sorted(costs, key=lambda i: -costs[i])
+    ]
+    console.say()
+    console.table((Column("layer"), Column("KL of its swap", True), Column("")), rows)
 
 
 def start_errors(console: Console, indices: Sequence[int], found: Sequence[float]) -> None:

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from linearize import methods
-from linearize.conversion.architectures import architecture
-from linearize.conversion.plan import count_parameters
+from linearize.conversion.plan import count_parameters, family_of
 from linearize.conversion.sources import resolve
 from linearize.methods.layout import layout, stages_of
 from linearize.modeling.spec import MixerSpec, Shape
@@ -45,8 +44,8 @@ def costs(name: str, shape: Shape, layers: int) -> dict[str, int]:
 def shape_of(model: str) -> tuple[str, Shape, int]:
     """A model's id, the shape of its attention, and how many layers it has; at most its config is fetched."""
     source = resolve(model)
-    family = architecture(source.config, source.id)
-    return source.id, family.shape(source.config), int(source.config["num_hidden_layers"])
+    family = family_of(source)
+    return source.id, family.shape(source.config), family.layers(source.config)
 
 
 def axes(spec: MixerSpec) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target, staged
-from linearize.conversion.architectures import architecture
-from linearize.conversion.calibration import calibrate
+from linearize.conversion.calibration import start_mixers
+from linearize.conversion.offload import ON_DISK, finite, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
+from linearize.conversion.ranking import dearest, swap_costs
+from linearize.conversion.selection import AUTO, kept_count
 from linearize.conversion.sources import ALIASES, Source, resolve
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SHARD_BYTES
 from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
 from linearize.loading import pick_device, pick_dtype
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
-from linearize.methods.calibration import Calibration
 from linearize.methods.layout import layout
-from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import install, linearized_class
 from linearize.progress import Progress, silent
 
-CALIBRATION_ROWS, CALIBRATION_LENGTH, OWN_LENGTH = 2, 1024, 128
+OWN_LENGTH = 128
 GENERATION_KEYS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
@@ -42,13 +46,24 @@ class Converted:
     path: Path
     plan: Plan
     errors: list[float]
+    swap_costs: Mapping[int, float]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "plan": self.plan.to_dict(), "relative_error": self.errors}
+        return {
+            "path": str(self.path),
+            "plan": self.plan.to_dict(),
+            "relative_error": self.errors,
+            "swap_costs": dict(self.swap_costs),
+        }
 
 
-def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """The original model and its tokenizer."""
+def load_source(
+    source: Source, dtype: torch.dtype, trust_remote_code: bool = False, offload_to: Path | None = None
+) -> tuple[nn.Module, Any]:
+    """The original model and its tokenizer.
+
+    With `offload_to` the weights stay in the source's files, and those that transformers fuses on loading go to that folder.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if source.format == "gguf":
         assert source.path is not None
@@ -58,6 +73,8 @@ def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = Fa
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
     where = str(source.path) if source.path is not None else source.id
+    if offload_to is not None:
+        options |= {"device_map": dict(ON_DISK), "offload_folder": str(offload_to)}
     try:
         model = AutoModelForCausalLM.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
@@ -68,25 +85,28 @@ def load_source(source: Source, dtype: torch.dtype, trust_remote_code: bool = Fa
     return model, tokenizer
 
 
-def attach(model: nn.Module, plan: Mapping[str, Any]) -> Any:
-    """The linearized model around the given one's own modules: no weight is copied. The given model must not be used afterwards."""
+def attach(model: nn.Module, plan: Mapping[str, Any], device: torch.device | None = None) -> Any:
+    """The linearized model around the given one's own modules: no weight is copied. The given model must not be used afterwards.
+
+    Mixers are built on `device`, by default where each layer is; on 'meta' they are for `start_mixers` to build.
+    """
     base: Any = model.config
-    arch = type(model).__name__.removesuffix("ForCausalLM")
-    config_class = linearized_class(arch, "Config")
+    made = linearized_class(type(model).__name__)
     values = {key: value for key, value in base.to_dict().items() if key not in ("model_type", "quantization_config", "auto_map")}
-    config = config_class(**values, linearize=dict(plan))
+    config = made.config_class(**values, linearize=dict(plan))
     config.name_or_path = ""  # never a path of this machine
     config.dtype = base.dtype
     with torch.device("meta"):
-        new = linearized_class(arch, "ForCausalLM")(config)
+        new = made(config)
     for name, child in model.named_children():
         setattr(new, name, child)
-    for module in new.modules():
-        if hasattr(module, "config") and module.config is base and not hasattr(module, "q_proj"):
+    attention = re.compile(re.sub(r"\d+", r"\\d+", re.escape(plan["layers"][0]["module"])))
+    for name, module in new.named_modules():  # attention keeps the base's: kept layers and teachers stay as they were
+        if getattr(module, "config", None) is base and not attention.fullmatch(name):
             module.config = config
     new.generation_config = getattr(model, "generation_config", None)
     base._attn_implementation_internal = base._attn_implementation_internal or "sdpa"
-    install(new)
+    install(new, device)
     return new.train(model.training)
 
 
@@ -117,24 +137,35 @@ def convert_model(
 
 def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: int, progress: Progress) -> tuple[Any, list[float]]:
     """Attach the plan's mixers to the model and start them on ids (B, T); returns it and each layer's relative error."""
-    architecture({**plan.source.config}, plan.source.id)
     training = model.training
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # whatever a start draws depends on the seed alone
-        if ids is None:
+    if ids is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             ids = own_text(model.eval())
-        new = attach(model.eval(), plan.config_field())
-
-        def begin(index: int, mixer: Mixer, calibration: Calibration) -> None:
-            if mixer.spec.has_far:
-                plan.parts[index].method.initialise(mixer, calibration)
-
-        total = len(plan.parts)
-        errors = calibrate(
-            new, ids.to(next(model.parameters()).device), begin,
-            lambda done, error: progress("calibrate", done, total, relative_error=round(error, 4)),
-        )  # fmt: skip
+    new = attach(model.eval(), plan.config_field(), torch.device("meta"))
+    device = next(model.parameters()).device
+    errors = start_mixers(new, plan, ids, seed, device, progress)
     return new.train(training), errors
+
+
+def convert_on_disk(
+    model: nn.Module, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device, folder: Path
+) -> tuple[Any, list[float]]:
+    """`convert_in_memory` for a model that was loaded to disk: weights stay there, and started mixers go to `folder`."""
+    shards = release(model, folder)
+    new = attach(model.eval(), plan.config_field(), torch.device("meta"))
+    offload(new, shards, device)
+    new.hf_device_map = dict(ON_DISK)  # so save_pretrained knows that it must read what it writes
+
+    def after(attention: Any) -> None:
+        module = plan.architecture.attention.format(attention.linearize_index)
+        spill(attention.linearize, shards, device, f"{module}.linearize")
+
+    errors = start_mixers(new, plan, ids, seed, device, progress, after)
+    new.tie_weights()  # hooks part what was one parameter
+    total, done = len(dict(new.named_parameters())), count(1)
+    shards.told = lambda: progress("save", next(done), total)
+    return new, errors
 
 
 def own_text(model: Any) -> Tensor:
@@ -180,23 +211,46 @@ def convert(
     if calibration is not None:
         text.documents(str(calibration))  # a bad file is said before the model is loaded
     source = resolve(model, revision, trust_remote_code)
-    plan = plan_for(source, method, layers, options or {}, start)
+    keeps = layers if layers is not None and layers.startswith(AUTO) else None
+    plan = plan_for(source, method, None if keeps else layers, options or {}, start)
+    count = kept_count(keeps, len(plan.parts)) if keeps else 0
     target = output or Path(f"{source.name}-{file_name(method)}")
     check_target(target, overwrite, source.path)
-    where = pick_device(device)
+    on = pick_device(device)
     stored = (
         "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
     )
+    as_stored, costs = pick_dtype(dtype, stored, on), dict[int, float]()
+    if keeps:
+        costs = measure_swaps(plan, as_stored, on, calibration, seed, trust_remote_code, progress)
+        chosen = sorted(set(costs) - set(dearest(costs, count)))
+        plan = plan_for(source, method, ",".join(map(str, chosen)), options or {}, start)
+    with scratch(target) if plan.route.streamed else nullcontext() as folder:
+        progress("load", 0, 1)
+        loaded, tokenizer = load_source(source, as_stored, trust_remote_code, folder)
+        progress("load", 1, 1)
+        check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
+        ids = calibration_ids(tokenizer, calibration)
+        if folder is None:
+            new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
+        else:
+            new, errors = convert_on_disk(loaded, plan, ids, seed, progress, on, folder)
+        progress("save", 0, 1)
+        save(new, tokenizer, target, overwrite=overwrite, recipe={"swap_costs": costs} if costs else None)
+        progress("save", 1, 1)
+    return Converted(target, plan, errors, costs)
+
+
+def measure_swaps(
+    plan: Plan, dtype: torch.dtype, device: torch.device, calibration: Path | None, seed: int, trusted: bool, progress: Progress
+) -> dict[int, float]:
+    """What each layer's swap costs, on the whole model in memory: KL in nats a token, by layer."""
     progress("load", 0, 1)
-    loaded, tokenizer = load_source(source, pick_dtype(dtype, stored, where), trust_remote_code)
+    loaded, tokenizer = load_source(plan.source, dtype, trusted)
     progress("load", 1, 1)
-    check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
     ids = calibration_ids(tokenizer, calibration)
-    new, errors = convert_in_memory(loaded.to(where).eval(), plan, ids, seed, progress)
-    progress("save", 0, 1)
-    save(new, tokenizer, target, overwrite=overwrite)
-    progress("save", 1, 1)
-    return Converted(target, plan, errors)
+    student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
+    return swap_costs(student, ids.to(device), progress)
 
 
 def file_name(method: str) -> str:
@@ -210,13 +264,17 @@ def save(
 ) -> None:  # fmt: skip
     """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card, `files`, and the manifest."""
     plan = model.config.linearize
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    bad = [name for name, p in model.named_parameters() if not finite(p)]
     if bad:
         raise IntegrityError(f"{bad[0]} has non-finite values", str(output), "nothing was written; check the source weights")
     with staged(
         output, overwrite, schema=plan["schema"], created=datetime.now(timezone.utc).isoformat(timespec="seconds")
     ) as stage:
-        model.save_pretrained(stage)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Attempting to save a model with offloaded modules"
+            )  # it reads them a shard at a time
+            model.save_pretrained(stage, max_shard_size=SHARD_BYTES)
         tokenizer.save_pretrained(stage)
         resolved = {"method": plan["method"], "options": plan["options"], "start": plan["start"], **(recipe or {})}
         (stage / "recipe.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,13 +14,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.checkpoint import check_space, check_target, staged
+from linearize.conversion.architectures import ARCHITECTURES
 from linearize.conversion.hosts import Host, model_reasons
 from linearize.conversion.hosts_fla import FLA
 from linearize.conversion.hosts_transformers import TRANSFORMERS
 from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
 from linearize.loading import load, pick_dtype
 from linearize.modeling.modeling_linearized import PREFIX, attentions
-from linearize.modeling.spec import plan_spec
+from linearize.modeling.spec import MixerSpec, Shape, plan_spec
 from linearize.opening import check
 from linearize.progress import Progress, silent
 
@@ -103,33 +104,41 @@ def kept(config: Mapping[str, Any]) -> list[int]:
 
 def host_of(config: Mapping[str, Any], where: str, to: str) -> Host:
     """The model class that computes what a checkpoint's config says; UnsupportedError gives the first reason why none does."""
-    plan, hosts = config["linearize"], HOSTS[to]
-    specs = dict.fromkeys(plan_spec(plan, layer) for layer in plan["layers"])
-    rule = next(iter(specs))[0].rule
+    hosts, rule = HOSTS[to], specs_of(config)[0][0].rule
+    for reason, fix in objections(config, rule, to):
+        raise UnsupportedError(f"cannot be exported: {reason}", where, fix)
+    return hosts[rule]
+
+
+def specs_of(config: Mapping[str, Any]) -> list[tuple[MixerSpec, Shape]]:
+    """The mixers of a checkpoint's layers, each once."""
+    plan = config["linearize"]
+    return list(dict.fromkeys(plan_spec(plan, layer) for layer in plan["layers"]))
+
+
+def objections(config: Mapping[str, Any], rule: str, to: str) -> Iterator[tuple[str, str]]:
+    """What stands against the host for this rule, and what to do: first the mixers, then the model, then what stayed softmax."""
+    hosts, specs = HOSTS[to], specs_of(config)
     known = " or ".join(f"--method {host.method} ({', '.join(host.teachers)} models)" for host in hosts.values())
-    fix = f"convert the original model with {known} and --set native=true"
+    again = f"convert the original model with {known} and --set native=true"
     if rule not in hosts:
-        raise UnsupportedError(f"cannot be exported: no model class of {to} has a memory with rule '{rule}'", where, fix)
+        yield f"no model class of {to} has a memory with rule '{rule}'", again
+        return
     host = hosts[rule]
-    found = [(broken, reason, fix) for spec, shape in specs for broken, reason in host.reasons(spec, shape, config)]
-    found.append((len({spec.conv for spec, _ in specs}) > 1, "its layers' convolutions differ in length", fix))
+    yield from ((reason, again) for spec, shape in specs for broken, reason in host.reasons(spec, shape, config) if broken)
+    if len({spec.conv for spec, _ in specs}) > 1:
+        yield "its layers' convolutions differ in length", again
     teacher = str(config["model_type"]).removeprefix(PREFIX)
-    goes = f"--method {host.method} --set native=true goes with {', '.join(host.teachers)}"
-    found.append((teacher not in host.teachers, f"{host.model_type} has no place for the other weights of '{teacher}'", goes))
+    if teacher not in host.teachers:
+        yield f"{host.model_type} has no place for the other weights of '{teacher}'", again
     stays = kept(config)
-    only = f"convert all layers, or --to {next(iter(HOSTS))}"
-    found.append(
-        (
-            bool(stays) and not host.keeps,
-            f"layers such as {next(iter(stays), 0)} are softmax, and export writes none for {to}",
-            only,
+    if stays and not host.keeps:
+        yield (
+            f"layers such as {stays[0]} are softmax, and export writes none for {to}",
+            f"convert all layers, or --to {next(iter(HOSTS))}",
         )
-    )
-    found += [(broken, reason, AS_IT_IS) for broken, reason in model_reasons(config, host.model_type, stays)]
-    for broken, reason, remedy in found:
-        if broken:
-            raise UnsupportedError(f"cannot be exported: {reason}", where, remedy)
-    return host
+    reasons = model_reasons(config, host.model_type, stays, ARCHITECTURES[teacher].sliding(config))
+    yield from ((reason, AS_IT_IS) for broken, reason in reasons if broken)
 
 
 def make_known(host: Host, to: str) -> None:

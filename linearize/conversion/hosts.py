@@ -60,18 +60,14 @@ def shared_reasons(s: MixerSpec, host: str) -> list[Reason]:
     ]
 
 
-def model_reasons(config: Mapping[str, Any], host: str, kept: list[int]) -> list[Reason]:
-    """(broken, reason) for what the model around the mixers has and the host has not."""
-    types = (
-        config.get("layer_types")
-        or ["sliding_attention" if config.get("sliding_window") else "full_attention"] * (config["num_hidden_layers"])
-    )
-    sliding = [i for i in kept if types[i] != "full_attention"]
+def model_reasons(config: Mapping[str, Any], host: str, kept: list[int], sliding: list[int | None]) -> list[Reason]:
+    """(broken, reason) for what the model around the mixers has and the host has not; `sliding` is each layer's window."""
+    slides = [i for i in kept if sliding[i] is not None]
     biased = next((name for name in ("attention_bias", "mlp_bias") if config.get(name)), "")
     return [
         (bool(biased), f"the model has {biased}, and {host} has no such bias"),
         (config.get("hidden_act") != "silu", f"the model's activation is '{config.get('hidden_act')}', that of {host} silu"),
-        (bool(sliding), f"layer {next(iter(sliding), 0)} keeps a sliding window of softmax, and {host} has none"),
+        (bool(slides), f"layer {next(iter(slides), 0)} keeps a sliding window of softmax, and {host} has none"),
     ]
 
 
@@ -82,7 +78,7 @@ def delta_reasons(s: MixerSpec, shape: Shape, config: Mapping[str, Any], host: s
         (s.rank_one or s.deltas != 1, f"{host} makes one delta update a token, along its key"),
         (s.feature_map != "unit", f"its feature map is '{s.feature_map}', that of {host} x / sqrt(|x|^2 + 1e-6)"),
         (s.gate_first or s.skip, f"{host} gates after its norm and has no skip"),
-        same_epsilon(s, config["rms_norm_eps"] * shape.head_dim, host),
+        same_epsilon(s, config.get("rms_norm_eps", 1e-6) * shape.head_dim, host),
     ]
 
 

@@ -105,7 +105,7 @@ def mamba_reasons(s: MixerSpec, shape: Shape, config: Mapping[str, Any]) -> list
         (s.feature_map != "identity", f"its feature map is '{s.feature_map}', and {host} has none"),
         (s.gate_key != "step", f"its keys are not discretised (gate_key '{s.gate_key}'), those of {host} are"),
         (not s.gate_first, f"its norm comes before the gate, in {host} after it"),
-        same_epsilon(s, config["rms_norm_eps"], host),
+        same_epsilon(s, config.get("rms_norm_eps", 1e-6), host),
         (inner % hidden != 0, f"its heads are {inner} wide together, not a multiple of the model's {hidden}, as {host} needs"),
     ]
 

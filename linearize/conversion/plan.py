@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linearize import __version__
-from linearize.conversion.architectures import Architecture, architecture
+from linearize.conversion.architectures import Architecture
+from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import select_layers
 from linearize.conversion.sources import Source, resolve
+from linearize.conversion.streaming import Route, route
 from linearize.errors import InputError
 from linearize.methods import DEFAULT
 from linearize.methods.layout import Place, layout
@@ -33,7 +35,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return int(self.source.config["num_hidden_layers"])
+        return self.architecture.layers(self.source.config)
+
+    @property
+    def route(self) -> Route:
+        """How the weights get to the checkpoint, and what memory that takes."""
+        return route(self.source)
 
     @property
     def state_bytes(self) -> int:
@@ -54,11 +61,13 @@ class Plan:
             "options": dict(self.options),
             "start": self.start,
             "softmax_layers": self.total - len(self.parts),
+            "max_positions": self.architecture.max_positions(self.source.config),
             "layers": [
                 {
                     "index": i,
                     "module": self.architecture.attention.format(i),
                     "cache": self.architecture.cache,
+                    "rope": self.architecture.rope_of(self.source.config, i),
                     "method": part.name,
                     "mixer": part.mixer.to_dict(),
                     "shape": asdict(self.shape),
@@ -77,8 +86,9 @@ class Plan:
         return {
             "source": self.source.provenance(), "method": self.method, "start": self.start, "options": dict(self.options),
             "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
-            "architecture": self.architecture.model_type, "layers": rows,
+            "architecture": self.architecture.model_type, "limits": self.architecture.limits, "layers": rows,
             "converted": chosen, "kept": self.total - chosen,
+            "conversion": self.route.to_dict(),
             "parameters_added": sum(row["parameters"] for row in rows),
             "state_bytes": self.state_bytes,
             "kv_bytes": {str(n): self.kv_bytes(n) for n in KV_LENGTHS},
@@ -106,14 +116,31 @@ def count_parameters(spec: MixerSpec, shape: Shape) -> int:
         return sum(parameter.numel() for parameter in Mixer(spec, shape).parameters())
 
 
+def family_of(source: Source) -> Architecture:
+    """The registered family of a source, or one that passes a self-check on random weights; UnsupportedError with the reason."""
+    if recognised(source.config) or source.format == "gguf":
+        return architecture(source.config, source.id)
+    from linearize.conversion.discovery import discover
+
+    return discover(source.config, source.id)
+
+
+def reaching(place: Place, sliding: int | None) -> Place:
+    """The place with a window no longer than the reach of the layer's own attention."""
+    if sliding is None or place.mixer.window <= sliding:
+        return place
+    return replace(place, mixer=replace(place.mixer, window=sliding))
+
+
 def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
     """The plan for a known source; an error says which layer, option or method is wrong."""
-    family = architecture(source.config, source.id)
+    family = family_of(source)
     places = layout(method, options, start)
     chosen = select_layers(layers, family, source.config)
-    shape, norm_eps = family.shape(source.config), float(source.config.get("rms_norm_eps", 1e-6))
+    shape, sliding = family.shape(source.config), family.sliding(source.config)
+    norm_eps = float(source.config.get("rms_norm_eps", 1e-6))
     given = ((layer, places[i % len(places)]) for i, layer in enumerate(chosen))
-    parts = {layer: place.within(shape, norm_eps) for layer, place in given if place is not None}
+    parts = {layer: reaching(place.within(shape, norm_eps), sliding[layer]) for layer, place in given if place is not None}
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
     return Plan(source, family, method, dict(options), start, parts, shape)

@@ -90,12 +90,12 @@ def expected_shapes(shapes: Mapping[str, Any], config: Mapping[str, Any]) -> dic
         names = [name for name in shapes if name.endswith("embed_tokens.weight")]
         found = {name: [config["vocab_size"], config["hidden_size"]] for name in names}
     family = ARCHITECTURES.get(str(config.get("model_type")))
-    if family is None:
+    if family is None or len(set(family.projections.values())) < len(family.projections):
         return found
     shape = family.shape(config)
     rows = {"q": shape.heads * shape.head_dim, "k": shape.kv_heads * shape.head_dim, "v": shape.kv_heads * shape.value_dim}
     for part, count in rows.items():
         name = f"{family.attention}.{family.projections.get(part)}.weight"
         if name.format(0) in shapes:
-            found |= {name.format(i): [count, shape.hidden_size] for i in range(config["num_hidden_layers"])}
+            found |= {name.format(i): [count, shape.hidden_size] for i in range(family.layers(config))}
     return found

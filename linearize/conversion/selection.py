@@ -8,16 +8,21 @@ from typing import Any
 from linearize.conversion.architectures import Architecture
 from linearize.errors import InputError
 
-FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax) or keep:25%"
+AUTO = "keep:auto:"
+FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax), keep:25% or keep:auto:3 (the dearest stay)"
 
 
 def select_layers(selector: str | None, architecture: Architecture, config: Mapping[str, Any]) -> list[int]:
     """Indices of the layers to convert; the default is every layer whose cache grows. InputError names what is wrong."""
-    count = int(config["num_hidden_layers"])
+    count = architecture.layers(config)
     every = list(range(count))
     if selector in (None, "full"):
         return architecture.full_layers(config)
     assert selector is not None
+    if selector.startswith(AUTO):
+        raise InputError(
+            f"'{selector}' measures what each layer's swap costs, and a plan loads nothing", "--layers", "linearize convert"
+        )
     try:
         if selector == "all":
             chosen = every
@@ -38,6 +43,14 @@ def select_layers(selector: str | None, architecture: Architecture, config: Mapp
     if not chosen:
         raise InputError(f"'{selector}' converts no layer", "--layers", FIX)
     return chosen
+
+
+def kept_count(selector: str, converted: int) -> int:
+    """How many layers `keep:auto:K` keeps. InputError unless at least one layer is kept and one converted."""
+    text = selector.removeprefix(AUTO)
+    if not text.isdecimal() or not 0 < int(text) < converted:
+        raise InputError(f"cannot read the layers '{selector}'", "--layers", f"keep:auto:K with K from 1 to {converted - 1}")
+    return int(text)
 
 
 def _listed(selector: str) -> list[int]:

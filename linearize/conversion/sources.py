@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import read_config
+from linearize.conversion.detection import check_config
 from linearize.conversion.gguf_config import gguf_config
 from linearize.conversion.preflight import check_weights
-from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
+from linearize.errors import HubError, UsageError
 
 ALIASES = {
     "llama": "meta-llama/Llama-3.2-1B-Instruct",
@@ -28,8 +29,6 @@ ALIASES = {
     "olmo": "allenai/OLMo-2-0425-1B-Instruct",
 }
 FIRST_BYTES = 1 << 20
-REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,16 @@ class Source:
 
 def resolve(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find MODEL and check all that its config and headers tell; errors carry the exit codes of a user's mistake."""
+    source = read_source(model, revision)
+    check_config(source.config, source.id, trust_remote_code)
+    if source.format == "folder":
+        assert source.path is not None
+        check_weights(source.path, source.config)
+    return source
+
+
+def read_source(model: str, revision: str | None = None) -> Source:
+    """Find MODEL and read its config, nothing else. UsageError, HubError or IntegrityError where there is none."""
     path = Path(model).expanduser()
     if model == "smollm2" and (packaged := packaged_smollm2()) is not None:
         source = Source(model, ALIASES[model], "gguf", packaged, gguf_config(packaged))
@@ -85,9 +94,6 @@ def resolve(model: str, revision: str | None = None, trust_remote_code: bool = F
         close = get_close_matches(model, ALIASES, n=1)
         known = f"did you mean '{close[0]}'?" if close else f"pass a folder, a .gguf file, a hub id or one of: {', '.join(ALIASES)}"
         raise UsageError(f"unknown model '{model}'", fix=known)
-    _check_config(source.config, source.id, trust_remote_code)
-    if source.format == "folder":
-        check_weights(path, source.config)
     return source
 
 
@@ -97,39 +103,6 @@ def packaged_smollm2() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
-
-
-def _check_config(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
-    if config.get("linearize"):
-        method = config["linearize"].get("method", "?")
-        raise UnsupportedError(f"this is already a linearized checkpoint ({method})", where, f"train it: linearize distill {where}")
-    if config.get("quantization_config"):
-        kind = str(config["quantization_config"].get("quant_method", "quantized"))
-        raise UnsupportedError(
-            f"the checkpoint is {kind}; conversion needs full-precision weights", where, "pass the unquantized model"
-        )
-    if "auto_map" in config and not trust_remote_code and not _known(config):
-        raise IntegrityError(
-            "the model wants to run code from its repository", where, "--trust-remote-code --revision SHA, if you trust it"
-        )
-    needed = [key for key in REQUIRED if key in config or _known(config)]
-    for key in (*needed, *(key for key in OPTIONAL if config.get(key) is not None)):
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise IntegrityError(
-                f"config.json: {key} must be a positive integer, got {json.dumps(value)}", where, "download config.json again"
-            )
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads and groups and heads % groups:
-        raise IntegrityError(
-            f"config.json: {heads} heads do not divide into {groups} kv heads", where, "download config.json again"
-        )
-
-
-def _known(config: Mapping[str, Any]) -> bool:
-    from linearize.conversion.architectures import ARCHITECTURES
-
-    return config.get("model_type") in ARCHITECTURES
 
 
 def _from_hub(given: str, name: str, revision: str | None) -> Source:

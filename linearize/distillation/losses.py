@@ -37,9 +37,11 @@ def weights(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
     """Cross-entropy of the teacher's attention weights (Hedgehog, section 4.2), for a mixer whose output is a mean of values.
 
     -sum_i A_ti log A'_ti in blocks of queries, with A' = phi(q) phi(k) / sum phi(q) phi(k). A mixer with a near half,
-    gates or padding has weights of another form: it falls back to the relative output error.
+    gates or padding has weights of another form, and so has a teacher that slides or has learned sinks: the relative output
+    error is taken there.
     """
-    if mixer.spec.has_near or mixer.spec.decay != "none" or inputs.mask is not None:
+    plain = inputs.mask is None and inputs.score.sliding is None and inputs.score.null is None
+    if mixer.spec.has_near or mixer.spec.decay != "none" or not plain:
         return relative_mse(mixer, inputs, target)
     phi_q, phi_k = mixer.features(inputs)  # (B, M, R, T, K), (B, M, T, K)
     time, repeats = phi_k.shape[2], phi_q.shape[1] * phi_q.shape[2] // inputs.k.shape[1]

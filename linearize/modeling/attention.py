@@ -45,11 +45,13 @@ class LinearizedAttention(nn.Module):
     linearize_mode: str
     linearize_cache: str
     linearize_index: int
+    linearize_rope: str
+    linearize_call: Call | None
     linearize_configs: dict[str, Any]
     linearize_observer: Observer | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = kwargs.pop("linearize_call", None)
+        call = kwargs.pop("linearize_call", self.linearize_call)
         if self.linearize_mode == "teacher":
             return super().forward(*args, **kwargs)
         cache = kwargs.pop(self.linearize_cache, None)
@@ -66,8 +68,8 @@ class LinearizedAttention(nn.Module):
         if call is None:
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
-        raw_q, raw_k = raw(self, "q_norm", q), raw(self, "k_norm", k)
-        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, raw_q, raw_k)
+        raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k)
         if self.linearize_mode == "observe":
             target = softmax_attention(inputs)
             if self.linearize_observer is not None:
@@ -100,26 +102,38 @@ class RecordedNorm(nn.Module):
         return super().forward(x)
 
 
-def raw(attention: Any, name: str, like: Tensor) -> Tensor | None:
+def norm_of(attention: Any, part: str) -> Any:
+    """The attention's own norm of its queries ('q') or keys ('k'), or None."""
+    return getattr(attention, f"{part}_norm", None) or getattr(attention, f"{part}_layernorm", None)
+
+
+def unnormed(attention: Any, part: str, like: Tensor) -> Tensor | None:
     """The input of a recorded norm in the shape of what came out of it, `like` (B, heads, T, D); None where none is recorded."""
-    norm: Any = getattr(attention, name, None)
+    norm = norm_of(attention, part)
     if not getattr(norm, "linearize_recording", False):
         return None
     x: Tensor | None = norm.linearize_input
     norm.linearize_input = None
     if x is None:
-        raise ValueError(f"{name} was not called: another kernel stands in its place, and the mixer reads its input")
-    if x.shape == like.shape and x.stride(1) <= x.stride(2):  # (B, heads, T, D), a view of heads that lie side by side
+        raise ValueError(f"the {part} norm was not called: another kernel stands in its place, and the mixer reads its input")
+    heads, time = like.shape[1:3]
+    if x.shape == like.shape and (heads != time or x.stride(1) < x.stride(2)):  # (B, heads, T, D): a view of heads side by side
         return x
-    return x.reshape(like.shape[0], like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
+    return x.reshape(like.shape[0], time, heads, like.shape[3]).transpose(1, 2)
 
 
 def attention_function(
     module: LinearizedAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    context, score = kwargs["linearize_context"], scores_of(query, kwargs)
+    return module.linearize_attend(query, key, value, attention_mask, context, score), None
+
+
+def scores_of(query: Tensor, kwargs: dict[str, Any]) -> Scores:
+    """What the attention interface's keywords say of the scores."""
     scale = kwargs.get("scaling")
-    score = Scores(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
-    return module.linearize_attend(query, key, value, attention_mask, kwargs["linearize_context"], score), None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window"))
 
 
 def mask_function(batch_size: int, q_length: int, *_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -136,22 +150,33 @@ def softmax_attention(inputs: Inputs) -> Tensor:
     batch, _, time, _ = inputs.q.shape
     rows = make_rows(inputs.mask, inputs.segments, batch, time, inputs.q.device)
     q, k, v = ((x if rows is None else rows.gather(x)) for x in (inputs.q, inputs.k, inputs.v))
-    if inputs.score.softcap is None:
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=inputs.score.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    score = inputs.score
+    slides = score.sliding is not None and score.sliding < q.shape[2]
+    if score.softcap is None and score.null is None and not slides:
+        grouped = q.shape[1] != k.shape[1]
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=score.scale, enable_gqa=grouped)
     else:
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        blocks = []
-        for start in range(0, q.shape[2], ROW_BLOCK):
-            block = q[:, :, start : start + ROW_BLOCK]
-            last = start + block.shape[2]
-            scores = inputs.score(block, k[:, :, :last]).float()
-            later = torch.arange(last, device=q.device) > torch.arange(start, last, device=q.device)[:, None]
-            blocks.append(scores.masked_fill(later, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, :last])
-        out = torch.cat(blocks, dim=2)
+        starts = range(0, q.shape[2], ROW_BLOCK)
+        out = torch.cat([_rows_attention(q[:, :, start : start + ROW_BLOCK], k, v, start, score) for start in starts], dim=2)
     return (out if rows is None else rows.scatter(out)).transpose(1, 2)
+
+
+def _rows_attention(q: Tensor, k: Tensor, v: Tensor, start: int, score: Scores) -> Tensor:
+    """The queries from token `start` on (B, H, n, D) over the keys that they see."""
+    last = start + q.shape[2]
+    first = 0 if score.sliding is None else max(start + 1 - score.sliding, 0)
+    scores = score(q, k[:, :, first:last]).float()
+    distance = torch.arange(start, last, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+    hidden = distance < 0
+    if score.sliding is not None:
+        hidden |= distance >= score.sliding
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if score.null is not None:
+        null = score.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, null], -1).softmax(-1)[..., :-1].to(v.dtype) @ v[:, :, first:last]
+    return scores.softmax(-1).to(v.dtype) @ v[:, :, first:last]
 
 
 def cache_layer(cache: Any, index: int) -> Any:
@@ -185,31 +210,29 @@ def linearized_class_of(base: type[nn.Module], mixin: type[nn.Module]) -> type[n
     return _CLASSES[base]
 
 
-def swap(attention: Any, mixer: Mixer, cache: str, index: int) -> None:
-    """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were."""
+def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half", sdpa: bool = True) -> None:
+    """Turn one attention module, in place, into its linearized subclass; parameter names stay as they were.
+
+    `cache` is the keyword of its cache, `rope` a style of `unrotate`; without `sdpa` its own softmax is computed eagerly.
+    """
     config = copy.copy(attention.config)
     config._attn_implementation_internal = IMPLEMENTATION
     original = copy.copy(attention.config)
     if original._attn_implementation_internal in (None, IMPLEMENTATION):
-        original._attn_implementation_internal = "sdpa" if getattr(attention, "linearize_sdpa", True) else "eager"
+        original._attn_implementation_internal = "sdpa" if sdpa else "eager"
     attention.__class__ = linearized_class_of(type(attention), LinearizedAttention)
-    for norm in () if mixer.spec.far_norm else norms(attention):
+    for norm in () if mixer.spec.far_norm else filter(None, (norm_of(attention, part) for part in "qk")):
         norm.__class__ = linearized_class_of(type(norm), RecordedNorm)
     attention.linearize = mixer
     attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
-    attention.linearize_cache, attention.linearize_index = cache, index
-    attention.linearize_observer = None
+    attention.linearize_cache, attention.linearize_index, attention.linearize_rope = cache, index, rope
+    attention.linearize_observer, attention.linearize_call = None, None
     set_mode(attention, "student")
-
-
-def norms(attention: Any) -> list[Any]:
-    """The attention's own norms of queries and keys."""
-    return [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
 
 
 def set_mode(attention: Any, mode: str) -> None:
     attention.linearize_mode = mode
-    for norm in norms(attention):
+    for norm in (norm_of(attention, part) for part in "qk"):
         if isinstance(norm, RecordedNorm):
             norm.linearize_recording = mode != "teacher"
     attention.config = attention.linearize_configs[mode]

@@ -27,8 +27,8 @@ from .window import Part, Scores, entered, near_chunked, near_step
 class Inputs:
     """What an attention layer hands over: q (B, H, T, D), k (B, G, T, D), v (B, G, T, V) after RoPE, its input (B, T, hidden).
 
-    `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE. Raw q and k,
-    of their shapes, come from before the layer's own q and k norms; None where it has none, or nobody asks.
+    `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE, in style `rope`.
+    Raw q and k, of their shapes, come from before the layer's own q and k norms; None where it has none, or nobody asks.
     """
 
     q: Tensor
@@ -40,6 +40,7 @@ class Inputs:
     segments: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    rope: str = "half"
     raw_q: Tensor | None = None
     raw_k: Tensor | None = None
 
@@ -129,7 +130,7 @@ class Mixer(Leaving):
 
     def _plain(self, x: Tensor, raw: Tensor | None, inputs: Inputs) -> Tensor:
         """Queries or keys without RoPE, and without the layer's own norm where the far half takes them so."""
-        return unrotate(x, inputs.cos, inputs.sin) if self.spec.far_norm or raw is None else raw.to(x.dtype)
+        return unrotate(x, inputs.cos, inputs.sin, inputs.rope) if self.spec.far_norm or raw is None else raw.to(x.dtype)
 
     def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None) -> Stream:
         spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
@@ -191,7 +192,7 @@ class Mixer(Leaving):
             assert queries.far is not None
             read, far = self.read(queries.far, entries, state["far"].to(s.q.dtype), queries.route, one=True)
             after["far"] = stored(far, state["far"].dtype, count + 1)
-        return self._halves(near, read, s), after
+        return self._halves(near, read, s, score), after
 
     # ---- many tokens ----
 
@@ -220,7 +221,7 @@ class Mixer(Leaving):
             assert queries.far is not None
             read, far = self.read(queries.far, entries, before["far"].to(s.q.dtype), queries.route)
             after["far"] = stored(far, before["far"].dtype, after["count"])
-        halves = self._halves(near, read, s)
+        halves = self._halves(near, read, s, score)
         if not keep:
             return halves, None
         for name, x in joined.items():
@@ -261,8 +262,11 @@ class Mixer(Leaving):
         s = self._stream(inputs, None, None)
         return self.phi_q(s.far_q, s.position), self.keys(s.far_k, s.arrivals, s.position)[0]
 
-    def _halves(self, near: Part | None, read: Tensor | None, s: Stream) -> Halves:
-        near = None if near is None else self._with_null(near.flat())
+    def _halves(self, near: Part | None, read: Tensor | None, s: Stream, score: Scores) -> Halves:
+        if near is not None:
+            near = near.flat()
+            for null in (self.null, None if score.null is None else score.null[:, None]):
+                near = near if null is None else with_null(near, null)
         if read is None:
             return Halves(near, None, None, s)
         read, mass = read.flatten(1, 2), None
@@ -285,14 +289,13 @@ class Mixer(Leaving):
         factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)
         return self.merge(near, far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
 
-    def _with_null(self, near: Part) -> Part:
-        """Learned logits beside the near half's scores, with no value (Lizard's meta tokens): they only take weight away."""
-        if self.null is None:
-            return near
-        null = self.null.to(near.top.dtype)[:, None]
-        top = torch.maximum(near.top, null.detach().amax(-1))
-        factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
-        return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
+
+def with_null(near: Part, null: Tensor) -> Part:
+    """Logits (H, n) beside the near half's scores, with no value (learned sinks, Lizard's meta tokens): they only take weight."""
+    null = null.to(near.top.dtype)[:, None]
+    top = torch.maximum(near.top, null.detach().amax(-1))
+    factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
+    return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
 
 
 def with_attention(scores: Tensor, got: Tensor) -> Tensor:

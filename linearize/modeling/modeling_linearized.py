@@ -1,4 +1,4 @@
-"""Linearized<Arch>Config and Linearized<Arch>ForCausalLM: any transformers decoder with its attention swapped by a plan.
+"""Linearized<Class> for a transformers config or model class: any decoder with its attention swapped by a plan.
 
 The classes are made on first use, by name, from the architecture's own; `config.linearize` is the plan that says which
 modules became which mixers. This file is the entry of a checkpoint's `auto_map`, and every file beside it is reachable
@@ -11,7 +11,7 @@ import functools
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ try:
     import torch
     import transformers
     from torch import Tensor, nn
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig
+    from transformers.models.auto import configuration_auto, modeling_auto
 except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
@@ -43,14 +44,15 @@ class LinearizedConfigMixin:
         if not hasattr(self, "linearize"):
             self.linearize = {}
         # the model class is made only once a config of it exists: importing every architecture would take seconds
-        model = linearized_class(type(self).__name__.removeprefix("Linearized").removesuffix("Config"), "ForCausalLM")
-        AutoModelForCausalLM.register(type(self), model, exist_ok=True)
+        base = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[type(self).model_type.removeprefix(PREFIX)]  # type: ignore[attr-defined]
+        AutoModelForCausalLM.register(type(self), linearized_class(base), exist_ok=True)
 
 
 class LinearizedModelMixin:
     """What a converted CausalLM does otherwise than its base class."""
 
     linearize_mode = "student"
+    linearize_swapped: list[LinearizedAttention]
     is_linearized_model = True
     _is_stateful = False
     _supports_attention_backend = False
@@ -78,8 +80,8 @@ class LinearizedModelMixin:
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise ValueError("pass input_ids or inputs_embeds")
-        time = tokens.shape[1]
-        segments = None
+        time, segments = tokens.shape[1], None
+        self._check_length(time, past_key_values)
         if attention_mask is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             cu_seq_lens = kwargs.get("cu_seq_lens_q")
             segments = segment_ids(time, cu_seq_lens, position_ids, tokens.device)
@@ -94,10 +96,24 @@ class LinearizedModelMixin:
                 position_ids = positions(attention_mask, time, past_key_values)
         if past_key_values is not None:
             upgrade_cache(past_key_values, converted(self))
+        call = Call(mask, segments)
+        for attention in self.linearize_swapped:  # for families whose layers do not hand every keyword on
+            attention.linearize_call = call
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=Call(mask, segments), **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=call, **kwargs,
         )  # fmt: skip
+
+    def _check_length(self, time: int, cache: Any) -> None:
+        """ValueError for a text longer than the positions that the model learned."""
+        limit = self.config.linearize.get("max_positions")  # type: ignore[attr-defined]
+        total = time + (0 if cache is None else cache.get_seq_length())
+        if limit and total > limit:
+            raise ValueError(f"this model has learned positions for {limit} tokens, and the text has {total}")
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Without what a family adds: phi3 drops its cache where its RoPE switches tables, and a state cannot be made again."""
+        return GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
@@ -135,16 +151,21 @@ def positions(attention_mask: Tensor, time: int, cache: Any) -> Tensor:
     return (attention_mask.long().cumsum(-1)[:, -time:] - 1 + past).clamp(min=0)
 
 
-def install(model: Any) -> None:
-    """Swap the attention modules that the model's plan names. ValueError on a plan of another schema."""
+def install(model: Any, device: torch.device | None = None) -> None:
+    """Swap the attention modules that the model's plan names, with mixers on `device` (default: where each attention is).
+
+    ValueError on a plan of another schema.
+    """
     plan = model.config.linearize
     layers = plan.get("layers", [])
+    model.linearize_swapped = []
     for layer in layers:
         spec, shape = plan_spec(plan, layer)
         attention = model.get_submodule(layer["module"])
-        with torch.device(next(attention.parameters()).device):
+        with torch.device(device or next(attention.parameters()).device):
             mixer = Mixer(spec, shape)
-        swap(attention, mixer, layer["cache"], layer["index"])
+        swap(attention, mixer, layer["cache"], layer["index"], layer.get("rope", "half"), model._supports_sdpa)
+        model.linearize_swapped.append(attention)
     if layers and plan.get("softmax_layers", 0) == 0:
         model.config._attn_implementation_internal = IMPLEMENTATION
 
@@ -234,27 +255,24 @@ def copy_runtime(directory: Path) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config["architectures"][0].removeprefix("FSDP")
-    stem = Path(__file__).stem
+    base, stem = config_name(config["model_type"].removeprefix(PREFIX)), Path(__file__).stem
     config["architectures"] = [name]
-    config["auto_map"] = {
-        "AutoConfig": f"{stem}.{name.removesuffix('ForCausalLM')}Config",
-        "AutoModelForCausalLM": f"{stem}.{name}",
-    }
+    config["auto_map"] = {"AutoConfig": f"{stem}.Linearized{base}", "AutoModelForCausalLM": f"{stem}.{name}"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def linearized_class(arch: str, kind: str) -> Any:
-    """The class Linearized<arch><kind> for kind 'Config' or 'ForCausalLM'; made once and kept in this module."""
-    name = f"Linearized{arch}{kind}"
+def linearized_class(base_name: str) -> Any:
+    """The class Linearized<base_name> of a transformers config or model class; made once and kept in this module."""
+    name = f"Linearized{base_name}"
     if name in globals():
         return globals()[name]
-    base = getattr(transformers, f"{arch}{kind}", None)
+    base = getattr(transformers, base_name, None)
     if base is None:
-        raise AttributeError(f"transformers has no {arch}{kind}")
-    if kind == "Config":
+        raise AttributeError(f"transformers has no {base_name}")
+    if issubclass(base, PreTrainedConfig):
         made = type(name, (LinearizedConfigMixin, base), {"__module__": __name__, "model_type": PREFIX + base.model_type})
     else:
-        config = linearized_class(arch, "Config")
+        config = linearized_class(base.config_class.__name__)
         made = type(
             name,
             (LinearizedModelMixin, base),
@@ -262,6 +280,11 @@ def linearized_class(arch: str, kind: str) -> Any:
         )
     globals()[name] = made
     return made
+
+
+def config_name(model_type: str) -> str:
+    """The name of a family's config class in transformers."""
+    return str(configuration_auto.CONFIG_MAPPING_NAMES[model_type])  # type: ignore[attr-defined]
 
 
 def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,15 +298,14 @@ def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def register(archs: list[str]) -> None:
-    """Make AutoConfig (and through it AutoModelForCausalLM) know the linearized form of these architectures."""
-    for arch in archs:
-        config = linearized_class(arch, "Config")
+def register(model_types: Iterable[str]) -> None:
+    """Make AutoConfig (and through it AutoModelForCausalLM) know the linearized form of these families."""
+    for model_type in model_types:
+        config = linearized_class(config_name(model_type))
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:
-    for kind in ("Config", "ForCausalLM"):
-        if name.startswith("Linearized") and name.endswith(kind):
-            return linearized_class(name.removeprefix("Linearized").removesuffix(kind), kind)
+    if name.startswith("Linearized"):
+        return linearized_class(name.removeprefix("Linearized"))
     raise AttributeError(name)

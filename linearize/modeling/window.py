@@ -20,10 +20,15 @@ MIN_CHUNK = 32
 
 @dataclass(frozen=True)
 class Scores:
-    """How a score is made of q k^T: times `scale`, then softcap * tanh(. / softcap) where the model has one."""
+    """How a score is made of q k^T: times `scale`, then softcap * tanh(. / softcap) where the model has one.
+
+    `null` (H,) are the model's own learned logits that take weight and have no value; `sliding` is the reach of its own attention.
+    """
 
     scale: float
     softcap: float | None = None
+    null: Tensor | None = None
+    sliding: int | None = None
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         scores = (q * self.scale) @ k.transpose(-1, -2)

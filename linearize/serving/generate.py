@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from linearize.loading import load
+from linearize.modeling.spec import Shape
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
@@ -99,15 +100,16 @@ class Generator:
     def _figures(self, prompt: int, new: int, total: int, began: float, cache: Any) -> dict[str, Any]:
         now, first = time.monotonic(), self._stop.first_token or time.monotonic()
         layers = [layer for layer in cache.layers if getattr(layer, "is_linearize_layer", False)]
-        config = self.model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        plan = self.model.config.linearize
+        shape = Shape(**plan["layers"][0]["shape"])
+        width = shape.kv_heads * (shape.head_dim + shape.value_dim) * (len(plan["layers"]) + plan["softmax_layers"])
         return {
             "tokens": new,
             "tokens_per_second": (new - 1) / (now - first) if new > 1 and now > first else None,
             "prefill_tokens": prompt,
             "prefill_tokens_per_second": prompt / max(first - began, 1e-9),
             "state_bytes": sum(layer.nbytes for layer in layers),
-            "kv_bytes": config.num_hidden_layers * total * 2 * config.num_key_value_heads * head_dim * KV_BYTES,
+            "kv_bytes": total * width * KV_BYTES,
             "context": total,
         }
 

@@ -12,11 +12,29 @@ COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": None,
 }  # fmt: skip
+MHA = {"num_key_value_heads": 4}
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere2": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "glm4": {"head_dim": 16},
+    "gpt2": MHA,
+    "gpt_neox": {**MHA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "gpt_oss": {"head_dim": 16, "layer_types": SLIDING, "sliding_window": 64, **MIXTURE},
     "granite": {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "llama": {"attention_bias": True, "head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": None},
+    "mixtral": MIXTURE,
+    "olmo3": {"layer_types": SLIDING, "sliding_window": 64},
+    "opt": {**MHA, "ffn_dim": 64, "word_embed_proj_dim": 48},
+    "phi": {"qk_layernorm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, **MIXTURE},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
 }
 
 

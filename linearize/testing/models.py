@@ -39,11 +39,11 @@ def linearized(base: Any, spec: MixerSpec, layers: Sequence[int] = (0, 1), seed:
     shape = Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, *[config.head_dim] * 2)
     mixer = {"mixer": spec.to_dict(), "shape": asdict(shape)}
     changed = [{"module": f"model.layers.{i}.self_attn", "cache": "past_key_values", "index": i, **mixer} for i in layers]
-    arch = type(base).__name__.removesuffix("ForCausalLM")
+    made = linearized_class(type(base).__name__)
     data = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     plan = {"schema": SCHEMA_VERSION, "layers": changed, "softmax_layers": total - len(changed)}
     torch.manual_seed(seed)
-    model = linearized_class(arch, "ForCausalLM")(linearized_class(arch, "Config")(**data, linearize=plan))
+    model = made(made.config_class(**data, linearize=plan))
     model.load_state_dict(base.state_dict(), strict=False)
     model.generation_config = copy.deepcopy(base.generation_config)
     for attention in attentions(model):

@@ -159,6 +159,7 @@ REFUSED = [
     (Case("llama", "mamba2", "", changes=(NO_BIAS,)), False, "its gates have biases"),
     (Case("llama", "gated-deltanet", "", changes=(NO_BIAS,)), True, "no place for the other weights of 'llama'"),
     (Case("qwen3", "mamba2", "", changes=(("head_dim", 12),)), True, "no place for the other weights of 'qwen3'"),
+    (Case("gpt2", "mamba2", ""), True, "no place for the other weights of 'gpt2'"),
     (Case("llama", "mamba2", ""), True, "64 wide together"),
     (Case("llama", "mamba2", "", changes=(("head_dim", 12),)), True, "attention_bias"),
     (Case("mistral", "mamba2", "", "1", changes=(("head_dim", 12), ("sliding_window", 8))), True, "sliding window"),

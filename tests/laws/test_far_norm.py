@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.conversion.convert import convert_model
-from linearize.modeling.attention import LinearizedAttention
+from linearize.modeling.attention import LinearizedAttention, norm_of
 from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.testing import randomise
@@ -22,10 +22,11 @@ FP64 = EXACT[torch.float64]
 IDS = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=["qwen3", "olmo2", "llama"])
+@pytest.fixture(params=["qwen3", "olmo2", "gemma3_text", "phi", "stablelm", "llama"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """Norms of each head, norms of all heads together, and none."""
-    made = convert_model(tiny_family(request.param), method="gated-deltanet", options={"native": True}, calibration=IDS)
+    """Norms of each head, of all heads together, of heads before tokens, a layer norm, one for each head, and none."""
+    changes = {"qk_layernorm": True} if request.param == "stablelm" else {}
+    made = convert_model(tiny_family(request.param, **changes), method="gated-deltanet", options={"native": True}, calibration=IDS)
     for attention in attentions(made):
         randomise(attention.linearize)
     return made.double().eval()
@@ -44,7 +45,7 @@ def test_raw_queries_and_keys_are_the_projections(model: Any) -> None:
             assert inputs.hidden is not None
             own = getattr(attention, projection)(inputs.hidden)
             expected = own.unflatten(-1, (plain.shape[1], -1)).transpose(1, 2)
-            assert (raw is None) == (not hasattr(attention, "q_norm"))
+            assert (raw is None) == (norm_of(attention, "q") is None)
             if raw is not None:
                 assert torch.equal(raw, expected)
                 assert not torch.allclose(plain[:, :, 0], expected[:, :, 0])  # the norm does something
@@ -52,7 +53,7 @@ def test_raw_queries_and_keys_are_the_projections(model: Any) -> None:
 
     with mode(model, "observe"), observed(model, observer):
         model(IDS)
-    assert len(seen) == 3
+    assert len(seen) == len(attentions(model))
     assert forgets(model)
 
 
@@ -91,6 +92,6 @@ def test_gradients_reach_the_projections(model: Any) -> None:
     model(IDS).logits.sum().backward()
     first = attentions(model)[0]
     assert float(first.q_proj.weight.grad.abs().sum()) > 0
-    if hasattr(first, "q_norm"):  # nothing reads what it gives
-        assert first.q_norm.weight.grad is None
+    for norm in filter(None, [norm_of(first, "q")]):  # nothing reads what it gives
+        assert all(p.grad is None for p in norm.parameters())
     assert forgets(model)
