@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import architectures, chat, convert, demo, distill, eval, generate, inspect, methods
+from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, methods
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
 
@@ -44,6 +44,7 @@ def build() -> typer.Typer:
     add("methods", MEASURE, methods.methods, methods.EXAMPLES)
     add("chat", USE, chat.chat, chat.EXAMPLES)
     add("generate", USE, generate.generate, generate.EXAMPLES)
+    add("export", USE, export.export, export.EXAMPLES)
     return app
 
 

@@ -156,13 +156,13 @@ def plan_for(source: Source, method: str, layers: str | None, options: Mapping[s
     if not family.causal:
         places = tuple(place and bidirectional(place, source.id) for place in places)
     chosen = select_layers(layers, family, source.config)
-    sliding = family.sliding(source.config)
-    parts = {
-        layer: reaching(place, sliding[layer]) for i, layer in enumerate(chosen) if (place := places[i % len(places)]) is not None
-    }
+    shape, sliding = family.shape(source.config), family.sliding(source.config)
+    norm_eps = float(source.config.get("rms_norm_eps", 1e-6))
+    given = ((layer, places[i % len(places)]) for i, layer in enumerate(chosen))
+    parts = {layer: reaching(place.within(shape, norm_eps), sliding[layer]) for layer, place in given if place is not None}
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
-    return Plan(source, family, method, dict(options), start, parts, family.shape(source.config))
+    return Plan(source, family, method, dict(options), start, parts, shape)
 
 
 def make_plan(

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from linearize.errors import InputError
-from linearize.modeling.spec import CHOICES, MixerSpec
+from linearize.modeling.spec import CHOICES, MixerSpec, Shape
 
 if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
@@ -89,6 +89,10 @@ class Method:
         if self.start == CALIBRATED:
             spec = self.calibrated(spec)
         return moved(spec, self.axes)
+
+    def within(self, spec: MixerSpec, shape: Shape, norm_eps: float) -> MixerSpec:
+        """That mixer in a model of this shape, whose own norms have this epsilon."""
+        return spec
 
     def initialise(self, mixer: Mixer, calibration: Calibration) -> None:
         """Fill new parameters of one layer: fitted to the teacher, or as the paper does."""

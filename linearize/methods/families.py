@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from linearize import methods
 from linearize.methods.base import Method, Stage, option
-from linearize.modeling.spec import MixerSpec
+from linearize.modeling.spec import MixerSpec, Shape
 
 if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
@@ -59,6 +59,25 @@ class SharedDenominator(Method):
         from linearize.methods import starts
 
         starts.constant_far_mass(mixer, 2.3026)  # gamma = 0.1 on the window is 1 / gamma on the memory
+
+
+@dataclass(frozen=True)
+class Exportable(Method):
+    """A method whose layer transformers has too, up to details: with `native` it takes them from there."""
+
+    native: bool = option(False, "transformers' own layer to the letter, so that linearize export can write it")
+
+    def as_native(self, spec: MixerSpec, **details: Any) -> MixerSpec:
+        """Where `native` is asked for: projections as they are, gates without biases, and the method's own details."""
+        return replace(spec, far_norm=False, gate_bias=False, **details) if self.native else spec
+
+    def calibrated(self, spec: MixerSpec) -> MixerSpec:
+        """Transformers' convolutions are never without their SiLU."""
+        return replace(super().calibrated(spec), conv_silu=self.native and spec.conv_silu)
+
+    def within(self, spec: MixerSpec, shape: Shape, norm_eps: float) -> MixerSpec:
+        """Transformers' layers take the epsilon of the model's norms."""
+        return replace(spec, norm_eps=norm_eps) if self.native else spec
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from linearize import methods
 from linearize.errors import InputError
 from linearize.methods.base import AXES, CALIBRATED, Method, Stage
-from linearize.modeling.spec import MixerSpec
+from linearize.modeling.spec import MixerSpec, Shape
 
 SOFTMAX = "softmax"
 
@@ -21,6 +21,10 @@ class Place:
     name: str
     method: Method
     mixer: MixerSpec
+
+    def within(self, shape: Shape, norm_eps: float) -> Place:
+        """The same place in a model of this shape, whose norms have this epsilon."""
+        return replace(self, mixer=self.method.within(self.mixer, shape, norm_eps))
 
 
 def layout(name: str, options: Mapping[str, Any] | None = None, start: str = CALIBRATED) -> tuple[Place | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ SHARE_OPEN = 0.98
 
 
 def calibrate(mixer: Mixer, calibration: Calibration) -> None:
-    """Start a mixer as near to the teacher as its parameters allow: decays, maps, output, merge, in that order."""
+    """Start a mixer as near to the teacher as its parameters allow: decays, gate, maps, output, merge, in that order."""
     fit_decay(mixer, calibration)
+    open_gate(mixer, calibration)
     scale_maps(mixer, calibration)
     fit_output(mixer, calibration)
     fit_merge(mixer, calibration)
@@ -50,8 +52,9 @@ def fit_merge(mixer: Mixer, calibration: Calibration) -> Tensor | None:
         mixer.merge.weights.data.copy_(two_weights(near, far, target).float())
     elif mixer.merge.gate is not None:
         gap = near - far
+        bias: Any = mixer.merge.gate.bias
         share = ((target - far) * gap).sum((0, 2, 3)) / gap.square().sum((0, 2, 3)).clamp(min=1e-12)
-        mixer.merge.gate.bias.data.copy_(torch.logit(share.clamp(0.02, 0.98)))
+        bias.data.copy_(torch.logit(share.clamp(0.02, 0.98)))
     return error_of(mixer, halves, calibration)
 
 
@@ -126,7 +129,7 @@ def weighted_least_squares(columns: Tensor, target: Tensor, weight: Tensor) -> T
 def fit_output(mixer: Mixer, calibration: Calibration) -> None:
     """Map, norm weight or sigmoid gate of the output, whichever stands last: least squares on what near leaves over."""
     output = mixer.output
-    gated = output.gate is not None and output.activation == "sigmoid"
+    gated = output.gate is not None and output.gate.bias is not None and output.activation == "sigmoid"
     if output.map is None and output.weight is None and not gated:
         return
     halves, target = mixer.halves(calibration.inputs), calibration.target.transpose(1, 2)
@@ -142,8 +145,20 @@ def fit_output(mixer: Mixer, calibration: Calibration) -> None:
         output.weight.data.mul_(factor.float())
     else:  # without a norm the gate alone can bring the memory to the teacher's size
         assert output.gate is not None
+        assert output.gate.bias is not None
         bias = output.gate.bias.data.view(factor.shape)
         bias.copy_(torch.logit((factor * bias.sigmoid()).clamp(0.01, SHARE_OPEN)))
+
+
+def open_gate(mixer: Mixer, calibration: Calibration) -> None:
+    """A gate without bias at what its bias would be: W x = open by least squares over the layer's inputs x (B, T, C)."""
+    gate, hidden = mixer.output.gate, calibration.inputs.hidden
+    if gate is None or gate.bias is not None or hidden is None:
+        return
+    x = hidden if gate.down is None else hidden @ gate.down.to(hidden.dtype).T
+    x = x.flatten(0, 1).double()[None]
+    target = torch.full_like(x[..., :1], mixer.output.open)
+    gate.up.data.copy_(ridge_map(x, target, RIDGE)[0, :, 0].expand_as(gate.up))
 
 
 def held_out_ridge(x: Tensor, y: Tensor) -> Tensor:
@@ -206,6 +221,7 @@ def fit_decay(mixer: Mixer, calibration: Calibration) -> None:
         bias = torch.logit((-log_alpha * math.exp(0.5)).clamp(1e-5, 0.999))
     if gate.a_log is not None:
         gate.a_log.data.zero_()
+    assert gate.bias is not None
     own = gate.bias.data.view(gate.heads, 2 if gate.complex else 1, -1)
     bias = bias[:, None].expand_as(own[:, 0])
     if mixer.spec.rule == "slots":  # half-lives from 1/16 to 16 times that: slots that start equal stay equal in training
@@ -240,6 +256,7 @@ def state_space(mixer: Mixer) -> None:
     if not isinstance(gate, HiddenGate) or gate.a_log is None:
         return
     gate.a_log.data.copy_(torch.linspace(1, 16, gate.heads).log())
+    assert gate.bias is not None
     bias = gate.bias.data.view(gate.heads, -1)
     step = torch.logspace(-3, -1, bias.shape[1] if bias.shape[1] > 1 else gate.heads, device=bias.device)
     bias.copy_(inverse_softplus(step) if bias.shape[1] > 1 else inverse_softplus(step)[:, None])
@@ -269,5 +286,5 @@ def random_projections(mixer: Mixer) -> None:
     for projection in (mixer.gate, mixer.output.gate):
         if isinstance(projection, Projection):
             projection.up.data.uniform_(-(projection.up.shape[1] ** -0.5), projection.up.shape[1] ** -0.5)
-            if not (isinstance(projection, HiddenGate) and projection.a_log is not None):
+            if projection.bias is not None and not (isinstance(projection, HiddenGate) and projection.a_log is not None):
                 projection.bias.data.zero_()

@@ -69,7 +69,8 @@ class LinearizedAttention(nn.Module):
         if call is None:
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
-        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope)
+        raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k)
         if self.linearize_mode == "observe":
             target = softmax_attention(inputs, self.linearize.spec.causal)
             if self.linearize_observer is not None:
@@ -89,6 +90,37 @@ class LinearizedAttention(nn.Module):
 
             layer.advance(after, q.shape[2], replay)
         return out  # type: ignore[no-any-return]
+
+
+class RecordedNorm(nn.Module):
+    """Mixed in before the class of a q or k norm by `swap`: keeps its input until the attention function takes it."""
+
+    linearize_input: Tensor | None = None
+    linearize_recording: bool = False
+
+    def forward(self, x: Tensor) -> Any:
+        self.linearize_input = x if self.linearize_recording else None
+        return super().forward(x)
+
+
+def norm_of(attention: Any, part: str) -> Any:
+    """The attention's own norm of its queries ('q') or keys ('k'), or None."""
+    return getattr(attention, f"{part}_norm", None) or getattr(attention, f"{part}_layernorm", None)
+
+
+def unnormed(attention: Any, part: str, like: Tensor) -> Tensor | None:
+    """The input of a recorded norm in the shape of what came out of it, `like` (B, heads, T, D); None where none is recorded."""
+    norm = norm_of(attention, part)
+    if not getattr(norm, "linearize_recording", False):
+        return None
+    x: Tensor | None = norm.linearize_input
+    norm.linearize_input = None
+    if x is None:
+        raise ValueError(f"the {part} norm was not called: another kernel stands in its place, and the mixer reads its input")
+    heads, time = like.shape[1:3]
+    if x.shape == like.shape and (heads != time or x.stride(1) < x.stride(2)):  # (B, heads, T, D): a view of heads side by side
+        return x
+    return x.reshape(like.shape[0], time, heads, like.shape[3]).transpose(1, 2)
 
 
 def attention_function(
@@ -178,10 +210,10 @@ def upgrade_cache(cache: Any, indices: list[int]) -> None:
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def linearized_attention_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass for an attention class, findable by name in this module so that it pickles."""
+def linearized_class_of(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass for a class of attention or norm, findable by name in this module so that it pickles."""
     if base not in _CLASSES:
-        made = type(f"Linearized{base.__name__}", (LinearizedAttention, base), {"__module__": __name__})
+        made = type(f"Linearized{base.__name__}", (mixin, base), {"__module__": __name__})
         _CLASSES[base] = globals()[made.__name__] = made
     return _CLASSES[base]
 
@@ -196,7 +228,9 @@ def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half
     original = copy.copy(attention.config)
     if original._attn_implementation_internal in (None, IMPLEMENTATION):
         original._attn_implementation_internal = "sdpa" if sdpa else "eager"
-    attention.__class__ = linearized_attention_class(type(attention))
+    attention.__class__ = linearized_class_of(type(attention), LinearizedAttention)
+    for norm in () if mixer.spec.far_norm else filter(None, (norm_of(attention, part) for part in "qk")):
+        norm.__class__ = linearized_class_of(type(norm), RecordedNorm)
     attention.linearize = mixer
     attention.linearize_configs = {"student": config, "observe": config, "teacher": original}
     attention.linearize_cache, attention.linearize_index, attention.linearize_rope = cache, index, rope
@@ -206,4 +240,7 @@ def swap(attention: Any, mixer: Mixer, cache: str, index: int, rope: str = "half
 
 def set_mode(attention: Any, mode: str) -> None:
     attention.linearize_mode = mode
+    for norm in (norm_of(attention, part) for part in "qk"):
+        if isinstance(norm, RecordedNorm):
+            norm.linearize_recording = mode != "teacher"
     attention.config = attention.linearize_configs[mode]

@@ -22,6 +22,7 @@ from .recurrence_delta import step as delta_step
 from .recurrence_slots import chunked as slots_chunked
 from .recurrence_slots import step as slots_step
 from .spec import MixerSpec, Shape
+from .spec_maps import MAPS
 
 Entries = tuple[Tensor | None, ...]  # what the engine takes of the tokens that enter, in its own order
 ENGINES: dict[str, tuple[Any, Any]] = {
@@ -165,7 +166,7 @@ class Far(nn.Module):
         nothing = torch.zeros(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         keys = self.keys(k, arrivals, position)[0][:, :, None]
         if self.spec.rule == "delta":
-            keys = unit(keys)
+            keys = self._unit(keys)
         return self.read(keys, self.entries(k, v, arrivals, position, nothing), state, arrivals.get("route"))[0][:, :, 0]
 
     def _arguments(self, phi: Tensor, v: Tensor, gate: Tensor | None, beta: Tensor | None, enters: Tensor | None) -> Entries:
@@ -185,7 +186,7 @@ class Far(nn.Module):
         return self._rank_one(phi, v, gate, beta, enters) if self.spec.rank_one else self._delta(phi, v, gate, beta)
 
     def _delta(self, phi: Tensor, v: Tensor, gate: Tensor | None, beta: Tensor) -> Entries:
-        """r = alpha k, k = beta k (a = -beta k) with k = phi / |phi|; further deltas of a token go before its own, undecayed.
+        """r = alpha k, k = beta k (a = -beta k) with k of length one; further deltas of a token go before its own, undecayed.
 
         The last two, which only kernels read, are that unit k and beta of the token's first delta.
         """
@@ -194,13 +195,17 @@ class Far(nn.Module):
         for k_map, v_map in zip(self.delta_k, self.delta_v, strict=True) if self.spec.deltas > 1 else ():
             keys.append(phi @ k_map.to(phi.dtype).repeat_interleave(copies, dim=0))
             values.append(v @ v_map.to(v.dtype).repeat_interleave(copies, dim=0))
-        units = [unit(x) for x in keys]
+        units = [self._unit(keys[0]), *(unit(x) for x in keys[1:])]
         first = units[0] if gate is None else units[0] * (gate if gate.dim() == 4 else gate[..., None]).exp()
         key = torch.stack(units, dim=3) * beta[..., None]
         read = torch.stack([first, *units[1:]], dim=3)
         if gate is not None:
             gate = torch.stack([gate, *[torch.zeros_like(gate)] * (self.spec.deltas - 1)], dim=3).flatten(2, 3)
         return read.flatten(2, 3), None, key.flatten(2, 3), torch.stack(values, dim=3).flatten(2, 3), gate, units[0], beta[..., 0]
+
+    def _unit(self, phi: Tensor) -> Tensor:
+        """The key of a delta; a second norm would undo the epsilon of a map that has made it one."""
+        return phi if MAPS[self.spec.feature_map].unit else unit(phi)
 
     def _rank_one(self, phi: Tensor, v: Tensor, gate: Tensor | None, rate: Tensor, enters: Tensor | None) -> Entries:
         """RWKV-7 (Peng et al. 2025, eq. 5-7): r = unit(kappa k), a = -rate r, k = k (1 + (rate - 1) key_rate)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .feature_maps_basic import Elu1, FeatureMap, Identity, L2Norm, Relu, Softmax
+from .feature_maps_basic import Elu1, FeatureMap, Identity, L2Norm, Relu, Softmax, Unit
 from .feature_maps_fixed import Cosformer, Focused, LogNormal, NormAware, Performer
 from .feature_maps_hedgehog import Hedgehog, HedgehogExp, HedgehogJoint
 from .feature_maps_learned import T2R, Feedforward, Rebased, Taylor
@@ -10,6 +10,7 @@ from .feature_maps_learned import T2R, Feedforward, Rebased, Taylor
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "identity": Identity,
     "l2norm": L2Norm,
+    "unit": Unit,
     "elu1": Elu1,
     "relu": Relu,
     "softmax": Softmax,

@@ -64,6 +64,13 @@ class L2Norm(FeatureMap):
         return x / norm(x)
 
 
+class Unit(FeatureMap):
+    """phi(x) = x / sqrt(||x||^2 + 1e-6): as transformers and fla norm queries and keys of their own layers."""
+
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        return x * (x.square().sum(-1, keepdim=True) + FLOOR).rsqrt()
+
+
 class Elu1(FeatureMap):
     """phi(x) = elu(x) + 1 (Katharopoulos et al. 2020, eq. 7)."""
 

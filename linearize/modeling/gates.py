@@ -21,15 +21,15 @@ OPEN = 4.0  # bias that starts a sigmoid gate at alpha = 0.982
 class Projection(nn.Module):
     """y = W x + b of the layer's input, `width` values a head, (B, heads, T, width); W of low rank where `rank` says so.
 
-    The last factor starts at zero, so that y = b at first.
+    The last factor starts at zero, so that y = b at first; `bias` None is none.
     """
 
-    def __init__(self, hidden: int, heads: int, width: int, rank: int = 0, bias: float = 0.0) -> None:
+    def __init__(self, hidden: int, heads: int, width: int, rank: int = 0, bias: float | None = 0.0) -> None:
         super().__init__()
         self.heads, self.width = heads, width
         self.down = nn.Parameter(torch.empty(rank, hidden, dtype=torch.float32)) if rank else None
         self.up = nn.Parameter(torch.zeros(heads * width, rank or hidden, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.full((heads * width,), bias, dtype=torch.float32))
+        self.bias = None if bias is None else nn.Parameter(torch.full((heads * width,), bias, dtype=torch.float32))
         if self.down is not None:
             nn.init.orthogonal_(self.down)
 
@@ -37,7 +37,8 @@ class Projection(nn.Module):
         if hidden is None:
             raise ValueError("a data-dependent mixer needs the layer's input")
         x = hidden if self.down is None else hidden @ self.down.to(hidden.dtype).T
-        y = x @ self.up.to(x.dtype).T + self.bias.to(x.dtype)
+        y = x @ self.up.to(x.dtype).T
+        y = y if self.bias is None else y + self.bias.to(x.dtype)
         apart: Tensor = y.unflatten(-1, (self.heads, self.width))
         return apart.transpose(1, 2)
 
@@ -82,7 +83,7 @@ class HiddenGate(Projection):
         super().__init__(shape.hidden_size, spec.memories(shape), width, spec.gate_rank, bias=OPEN)
         self.divisor, self.form, self.complex = spec.gate_divisor, spec.gate_form, spec.decay == "complex"
         self.a_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32)) if self.form == "softplus" else None
-        if self.complex:
+        if self.complex and self.bias is not None:
             self.bias.data.view(self.heads, 2, -1)[:, 1] = 0.0
 
     def forward(self, hidden: Tensor | None, key: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class Beta(Projection):
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         width = spec.arrivals(shape)["beta"]
         rank = spec.gate_rank if spec.rank_one else 0
-        super().__init__(shape.hidden_size, spec.memories(shape), width, rank)
+        super().__init__(shape.hidden_size, spec.memories(shape), width, rank, bias=0.0 if spec.gate_bias else None)
         self.top = 2.0 if spec.negative else 1.0
 
     def forward(self, hidden: Tensor | None) -> Tensor:

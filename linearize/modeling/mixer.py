@@ -28,6 +28,7 @@ class Inputs:
     """What an attention layer hands over: q (B, H, T, D), k (B, G, T, D), v (B, G, T, V) after RoPE, its input (B, T, hidden).
 
     `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE, in style `rope`.
+    Raw q and k, of their shapes, come from before the layer's own q and k norms; None where it has none, or nobody asks.
     """
 
     q: Tensor
@@ -40,6 +41,8 @@ class Inputs:
     cos: Tensor | None = None
     sin: Tensor | None = None
     rope: str = "half"
+    raw_q: Tensor | None = None
+    raw_k: Tensor | None = None
 
     def first(self, tokens: int) -> Inputs:
         """The same call cut to its first tokens."""
@@ -51,6 +54,7 @@ class Inputs:
         return replace(
             self, q=q, k=k, v=v, hidden=cut(self.hidden, 1), mask=cut(self.mask, 1),
             segments=cut(self.segments, 1), cos=cut(self.cos, 1), sin=cut(self.sin, 1),
+            raw_q=cut(self.raw_q, 2), raw_k=cut(self.raw_k, 2),
         )  # fmt: skip
 
 
@@ -126,6 +130,10 @@ class Mixer(Leaving):
 
     # ---- inputs ----
 
+    def _plain(self, x: Tensor, raw: Tensor | None, inputs: Inputs) -> Tensor:
+        """Queries or keys without RoPE, and without the layer's own norm where the far half takes them so."""
+        return unrotate(x, inputs.cos, inputs.sin, inputs.rope) if self.spec.far_norm or raw is None else raw.to(x.dtype)
+
     def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None) -> Stream:
         spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
@@ -137,11 +145,11 @@ class Mixer(Leaving):
             return Stream(q, k, v, q, k, v, {}, None, position, lengths, {})
         far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
         hidden = None if inputs.hidden is None else take(inputs.hidden.to(dtype)[:, None])[:, 0]
-        raw_k = k
+        plain_k = k
         if not spec.far_rope or spec.decay == "key":
-            raw_k = take(unrotate(inputs.k.to(dtype), inputs.cos, inputs.sin, inputs.rope))
+            plain_k = take(self._plain(inputs.k.to(dtype), inputs.raw_k, inputs))
         if not spec.far_rope:
-            far_q, far_k = take(unrotate(inputs.q.to(dtype), inputs.cos, inputs.sin, inputs.rope)), raw_k
+            far_q, far_k = take(self._plain(inputs.q.to(dtype), inputs.raw_q, inputs)), plain_k
         if self.conv_q is not None and self.conv_k is not None:
             far_q, conv["conv_q"] = self.conv_q(far_q, past.get("conv_q"), lengths)
             far_k, conv["conv_k"] = self.conv_k(far_k, past.get("conv_k"), lengths)
@@ -150,7 +158,7 @@ class Mixer(Leaving):
         if spec.conv_silu:
             far_q, far_k = nn.functional.silu(far_q), nn.functional.silu(far_k)
             far_v = nn.functional.silu(far_v) if spec.conv_v else far_v
-        return Stream(q, k, v, far_q, far_k, far_v, self.arrivals(hidden, raw_k), hidden, position, lengths, conv)
+        return Stream(q, k, v, far_q, far_k, far_v, self.arrivals(hidden, plain_k), hidden, position, lengths, conv)
 
     def _held(self, s: Stream) -> Tokens:
         """What the buffer of recent tokens keeps of new ones."""

@@ -81,7 +81,10 @@ class MixerSpec:
     coverage: str = "older"
     normalise: bool = True  # divide by a denominator that is carried (and decays) with the memory
     norm: str = "none"  # of the far output, a head
+    norm_eps: float = 1e-6
     out_gate: str = "none"  # on the far output, from the layer's input
+    gate_first: bool = False  # before the norm
+    gate_bias: bool = True  # of the output gate and of a delta's beta; a decay keeps its own
     out_map: bool = False  # a V x V matrix a head on the far output
     skip: bool = False  # a factor a head times the token's own value, added to the far output
     window: int = 0
@@ -96,6 +99,7 @@ class MixerSpec:
     learned_weights: bool = False  # both are learned, a head
     far_mass: str = "none"
     far_rope: bool = True
+    far_norm: bool = True  # far queries and keys after the layer's own q and k norms, where it has them
     conv: int = 0  # kernel of the causal depthwise convolution on q and k of the far half
     conv_v: bool = False  # on v as well
     conv_silu: bool = False  # SiLU after it

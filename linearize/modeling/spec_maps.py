@@ -24,12 +24,14 @@ class MapTraits:
     """`width`: features of so many columns; `sized`: the columns are a learned or drawn projection's, feature_dim says how many.
 
     `positive`: products phi(q) . phi(k) are >= 0, so that they can be a denominator; `signed`: though the features are not.
+    `unit`: features have length one up to an epsilon of the map's own, so that rule 'delta' takes them as its keys.
     """
 
     width: Callable[[int], int] = same
     sized: bool = False
     positive: bool = True
     signed: bool = False
+    unit: bool = False
 
     @property
     def by_channel(self) -> bool:
@@ -40,6 +42,7 @@ class MapTraits:
 MAPS: dict[str, MapTraits] = {
     "identity": MapTraits(positive=False),
     "l2norm": MapTraits(positive=False),
+    "unit": MapTraits(positive=False, unit=True),
     "softmax": MapTraits(),
     "elu1": MapTraits(),
     "relu": MapTraits(),

@@ -76,7 +76,7 @@ def _memory(s: Any) -> list[Rule]:
         ),
         (
             s.rule == "slots" and MAPS[s.feature_map].positive,
-            "rule 'slots' compares keys as they are: feature_map identity or l2norm",
+            "rule 'slots' compares keys as they are: feature_map identity, l2norm or unit",
         ),
         (s.rule == "delta" and s.decay == "complex", "rule 'delta' takes a real decay"),
         (s.rule != "delta" and (s.negative or s.deltas != 1 or s.rank_one), "negative, deltas and rank_one belong to rule 'delta'"),
@@ -96,7 +96,7 @@ def _memory(s: Any) -> list[Rule]:
 
 def _far_fields(s: Any) -> bool:
     plain = s.decay == "none" and s.norm == "none" and s.out_gate == "none" and s.rule == "additive" and s.gate_key == "none"
-    return not plain or bool(s.conv or s.experts or s.out_map or s.skip or s.scaled)
+    return not plain or bool(s.conv or s.experts or s.out_map or s.skip or s.scaled or not s.far_norm or not s.gate_bias)
 
 
 def _gate(s: Any) -> list[Rule]:
@@ -138,6 +138,13 @@ def _far_output(s: Any) -> list[Rule]:
     return [
         (s.conv == 1, "a convolution of one tap does nothing: conv must be 0 or at least 2"),
         (not s.conv and (s.conv_v or s.conv_silu), "conv_v and conv_silu belong to a convolution"),
+        (not s.far_norm and s.far_rope, "far_norm=false takes queries and keys from before RoPE: set far_rope=false"),
+        (s.gate_first and "none" in (s.norm, s.out_gate), "gate_first orders a norm and an out_gate: it needs both"),
+        (
+            not s.gate_bias and s.out_gate == "none" and s.rule != "delta",
+            "gate_bias=false leaves out biases of an out_gate and of rule 'delta': it needs one of them",
+        ),
+        (s.norm_eps <= 0, "norm_eps must be positive"),
     ]
 
 

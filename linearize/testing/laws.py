@@ -20,7 +20,9 @@ from linearize.testing.oracle import Document, oracle
 
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 TIME = 14
-STREAMS = ("q", "k", "v", "hidden", "cos", "sin", "mask", "segments")
+BY_HEAD = ("q", "k", "v", "raw_q", "raw_k")
+LEAVES = (*BY_HEAD, "hidden")
+STREAMS = (*LEAVES, "cos", "sin")
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -42,8 +44,9 @@ def carried(spec: MixerSpec, dtype: torch.dtype = torch.float64) -> float:
 
 def part(inputs: Inputs, start: int, stop: int) -> Inputs:
     """The call for tokens start to stop alone."""
-    pieces = {name: getattr(inputs, name) for name in STREAMS if getattr(inputs, name) is not None}
-    cut: dict[str, Any] = {name: x.narrow(2 if name in "qkv" else 1, start, stop - start) for name, x in pieces.items()}
+    names = (*STREAMS, "mask", "segments")
+    pieces = {name: getattr(inputs, name) for name in names if getattr(inputs, name) is not None}
+    cut: dict[str, Any] = {name: x.narrow(2 if name in BY_HEAD else 1, start, stop - start) for name, x in pieces.items()}
     return replace(inputs, **cut)
 
 
@@ -99,7 +102,7 @@ def equations(spec: MixerSpec, kv_heads: int) -> None:
 
 
 def _gradients(mixer: Mixer, inputs: Inputs, way: Callable[[Inputs], Tensor]) -> dict[str, Tensor]:
-    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in ("q", "k", "v", "hidden")}
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in LEAVES}
     wanted = {**leaves, **dict(mixer.named_parameters())}
     out = way(replace(inputs, **leaves))
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out)
@@ -123,7 +126,7 @@ def precision(spec: MixerSpec, kv_heads: int) -> None:
     for dtype, bound in ((torch.float32, EXACT[torch.float32]), (torch.bfloat16, 2.0**-8)):
         mixer, inputs = random_mixer(spec, kv_heads, torch.float32), random_inputs(tiny_shape(kv_heads), 37, 1, dtype)
         found = mixer(inputs)[0]
-        wide = replace(inputs, **{name: getattr(inputs, name).double() for name in STREAMS[:6]})
+        wide = replace(inputs, **{name: getattr(inputs, name).double() for name in STREAMS})
         assert found.dtype == dtype
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(mixer(inputs)[0], found), "autocast reaches the mixer"
@@ -176,8 +179,8 @@ def _alone(mixer: Mixer, inputs: Inputs, row: int) -> Tensor:
     """One row (T, H, V) run with its real tokens only."""
     assert inputs.mask is not None
     at = inputs.mask[row].nonzero()[:, 0]
-    pieces: dict[str, Any] = {name: getattr(inputs, name)[row : row + 1] for name in STREAMS[:6]}
-    real = {name: x.index_select(2 if name in "qkv" else 1, at) for name, x in pieces.items()}
+    pieces: dict[str, Any] = {name: getattr(inputs, name)[row : row + 1] for name in STREAMS}
+    real = {name: x.index_select(2 if name in BY_HEAD else 1, at) for name, x in pieces.items()}
     out = inputs.q.new_zeros(inputs.q.shape[2], *inputs.q.shape[1:2], inputs.v.shape[-1])
     out[at] = mixer(replace(inputs, mask=None, **real))[0][0]
     return out
@@ -208,7 +211,7 @@ def causality(spec: MixerSpec, kv_heads: int) -> None:
         mixer, inputs = random_mixer(spec, kv_heads, dtype), random_inputs(tiny_shape(kv_heads), time, dtype=dtype)
         other, before = random_inputs(tiny_shape(kv_heads), time, dtype=dtype, seed=1), mixer(inputs)[0]
         for j in (1, 6, 17, 33, time - 1):
-            changed = {name: getattr(inputs, name).clone() for name in ("q", "k", "v", "hidden")}
+            changed = {name: getattr(inputs, name).clone() for name in LEAVES}
             for name, x in changed.items():
                 at = (slice(None), j) if name == "hidden" else (slice(None), slice(None), j)
                 x[at] = 30 * getattr(other, name)[at]
@@ -277,7 +280,7 @@ def state_keeping(spec: MixerSpec, kv_heads: int) -> None:
     run(mixer, replace(rest, k=-rest.k, v=-rest.v), [1, 1], state)  # a branch of its own
     assert torch.equal(run(mixer, rest, [1, 1], state)[0], expected), "forked"
     rows = torch.tensor([2, 0, 0])
-    moved = replace(rest, **{name: getattr(rest, name)[rows] for name in STREAMS[:6]})
+    moved = replace(rest, **{name: getattr(rest, name)[rows] for name in STREAMS})
     picked, _ = run(mixer, moved, [1, 1], index_rows(state, rows))
     assert_close(picked, expected[rows], carried(spec), "rows picked anew")
 

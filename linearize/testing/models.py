@@ -69,7 +69,7 @@ def randomise(mixer: Mixer, seed: int = 0) -> Mixer:
 def random_inputs(
     shape: Shape, time: int, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0, softcap: float | None = 4.0
 ) -> Inputs:
-    """Full rows of random tokens at positions 0, 1, ...; cos and sin carry a factor, as yarn's do."""
+    """Full rows of random tokens at positions 0, 1, ...; cos and sin carry a factor, as yarn's do; raw q and k are others."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -80,4 +80,5 @@ def random_inputs(
     frequency = 100.0 ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim)
     angle = (torch.arange(time)[:, None] * frequency).repeat(1, 2).expand(batch, -1, -1)
     cos, sin = (1.1 * angle.cos()).to(dtype), (1.1 * angle.sin()).to(dtype)
-    return Inputs(q, k, v, hidden, Scores(shape.head_dim**-0.5, softcap), cos=cos, sin=sin)
+    raw_q, raw_k = normal(shape.heads, time, shape.head_dim), normal(shape.kv_heads, time, shape.head_dim)
+    return Inputs(q, k, v, hidden, Scores(shape.head_dim**-0.5, softcap), cos=cos, sin=sin, raw_q=raw_q, raw_k=raw_k)

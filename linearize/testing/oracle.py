@@ -34,12 +34,15 @@ class Document:
         self.hidden = None if inputs.hidden is None else inputs.hidden[row, at]
         self.cos = None if inputs.cos is None else inputs.cos.expand(len(inputs.q), -1, -1)[row, at]
         self.sin = None if inputs.sin is None else inputs.sin.expand(len(inputs.q), -1, -1)[row, at]
+        self.plain_q, self.plain_k = self.plain(self.q, inputs.raw_q, row, at), self.plain(self.k, inputs.raw_k, row, at)
         self.time, self.heads, self.kv_heads = len(at), len(self.q), len(self.k)
         self.exact: list[list[list[int]]] = []  # for each time and kv head, the tokens in its slots
         self.entered: list[list[int]] = [[] for _ in range(self.kv_heads)]  # in order of entry
         self.memories: list[Memory] = []
         if self.spec.has_far:
-            self.far_k = self.activated(self.convolved(self.unrotated(self.k), mixer.conv_k))
+            own_q, own_k = (self.q, self.k) if self.spec.far_rope else (self.plain_q, self.plain_k)
+            self.far_q = self.activated(self.convolved(own_q, mixer.conv_q))
+            self.far_k = self.activated(self.convolved(own_k, mixer.conv_k))
             far_v = self.convolved(self.v, mixer.conv_v)
             self.far_v = self.activated(far_v) if self.spec.conv_v else far_v
             made = gates(self)
@@ -81,12 +84,15 @@ class Document:
         for h, o in enumerate(far):
             if output.skip is not None:
                 o = o + output.skip[h] * self.far_v[h * self.kv_heads // self.heads]
+            factor = torch.ones_like(o)
+            if gate is not None:
+                factor = gate[h] * torch.sigmoid(gate[h]) if self.spec.out_gate == "silu" else torch.sigmoid(gate[h])
+            o = o * factor if self.spec.gate_first else o
             if self.spec.norm == "group":
                 o = o - o.mean(-1, keepdim=True)
             if self.spec.norm != "none":
-                o = o / (o.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * output.weight[h]  # type: ignore[index]
-            if gate is not None:
-                o = o * (gate[h] * torch.sigmoid(gate[h]) if self.spec.out_gate == "silu" else torch.sigmoid(gate[h]))
+                o = o / (o.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps).sqrt() * output.weight[h]  # type: ignore[index]
+            o = o if self.spec.gate_first else o * factor
             done.append(o if output.map is None else o @ output.map[h])
         return torch.stack(done)
 
@@ -202,8 +208,7 @@ class Document:
         return float(torch.stack(errors).mean().detach())
 
     def far_query(self) -> Tensor:
-        q = self.activated(self.convolved(self.unrotated(self.q), self.mixer.conv_q))
-        return q * q.shape[-1] ** -0.5 if self.spec.scaled else q
+        return self.far_q * self.q.shape[-1] ** -0.5 if self.spec.scaled else self.far_q
 
     def query_features(self) -> Tensor:
         """phi(q) (H, T, K): a head's own map, or its memory's where maps are tied."""
@@ -216,9 +221,13 @@ class Document:
 
     # ---- parts ----
 
-    def unrotated(self, x: Tensor, always: bool = False) -> Tensor:
+    def plain(self, x: Tensor, raw: Tensor | None, row: int, at: Tensor) -> Tensor:
+        """Queries or keys (h, T, D) as the layer projects them, or x without RoPE."""
+        return self.unrotated(x) if self.spec.far_norm or raw is None else raw[row][:, at]
+
+    def unrotated(self, x: Tensor) -> Tensor:
         """x e^(-i angle) on pairs (x_c, x_(c + D/2)) of the rotary channels."""
-        if self.cos is None or self.sin is None or (self.spec.far_rope and not always):
+        if self.cos is None or self.sin is None:
             return x
         half = self.cos.shape[-1] // 2
         turn = torch.complex(self.cos[:, :half], self.sin[:, :half])
@@ -239,8 +248,9 @@ class Document:
         """W x + b of the layer's input: (heads, T, width)."""
         assert self.hidden is not None
         weight = projection.up if projection.down is None else projection.up @ projection.down
-        y = torch.einsum("tc,oc->to", self.hidden, weight) + projection.bias
-        return y.view(self.time, projection.heads, projection.width).transpose(0, 1)  # type: ignore[no-any-return]
+        y = torch.einsum("tc,oc->to", self.hidden, weight)
+        y = y if projection.bias is None else y + projection.bias
+        return y.view(self.time, projection.heads, projection.width).transpose(0, 1)
 
     def far_log_mass(self, top: Tensor) -> Tensor:
         """a_t = u_h . q_t + b_h + c_h top_t (H, T), or the part of it that the spec has."""
@@ -249,8 +259,7 @@ class Document:
             return top
         if self.spec.far_mass == "head":
             return top + mass.bias[:, None]
-        plain = self.activated(self.convolved(self.unrotated(self.q), self.mixer.conv_q))
-        return torch.einsum("htd,hd->ht", plain, mass.query) + mass.bias[:, None] + mass.near[:, None] * top
+        return torch.einsum("htd,hd->ht", self.far_q, mass.query) + mass.bias[:, None] + mass.near[:, None] * top
 
 
 def compete(slots: dict[int, float], j: int, score: float, size: int) -> int | None:

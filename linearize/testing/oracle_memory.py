@@ -19,7 +19,7 @@ def gates(doc: Document) -> dict[str, Tensor]:
     gate: Any = mixer.gate
     source = torch.arange(memories) // (memories // doc.kv_heads)
     if spec.decay == "key":
-        found["gate"] = torch.sigmoid(doc.unrotated(doc.k, always=True))[source].log() / spec.gate_divisor
+        found["gate"] = torch.sigmoid(doc.plain_k)[source].log() / spec.gate_divisor
     elif spec.decay == "fixed":
         found["gate"] = gate.log_decay.to(doc.k)[:, None, None].expand(-1, doc.time, 1)
     elif spec.decay != "none":
@@ -75,7 +75,11 @@ class Memory:
 
     def own_key(self, j: int) -> Tensor:
         """The key under which token j would ask for its own value."""
-        return unit(self.key(j)) if self.spec.rule == "delta" else self.key(j)
+        return self.unit_key(j) if self.spec.rule == "delta" else self.key(j)
+
+    def unit_key(self, j: int) -> Tensor:
+        """Of length one, by the feature map or by the delta rule."""
+        return self.key(j) if self.spec.feature_map == "unit" else unit(self.key(j))
 
     def enter(self, j: int) -> None:
         route = self.made.get("route")
@@ -103,10 +107,9 @@ class Memory:
         else:
             self.state[e] = alpha[:, None] * self.state[e]
             for i in range(self.spec.deltas):
-                k, value = key, v
+                k, value = self.unit_key(j), v
                 if i:
-                    k, value = key @ self.mixer.delta_k[i - 1, self.index], v @ self.mixer.delta_v[i - 1, self.index]
-                k = unit(k)
+                    k, value = unit(key @ self.mixer.delta_k[i - 1, self.index]), v @ self.mixer.delta_v[i - 1, self.index]
                 self.state[e] = self.state[e] + self.made["beta"][j, i] * torch.outer(k, value - k @ self.state[e])
 
     def read(self, q: Tensor, t: int) -> tuple[Tensor, Tensor]:

