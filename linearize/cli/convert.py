@@ -46,7 +46,7 @@ def convert(
     softmax that it replaces. Writes <model>-<method> unless -o says otherwise.
     """
     if dry_run:
-        return plan(model, method, layers, set_, start, revision, as_json, trust_remote_code)
+        return plan(model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code)
     from linearize.conversion.convert import convert as run
 
     console = Console(as_json)
@@ -72,6 +72,8 @@ def plan(
     layers: flags.Layers = None,
     set_: flags.Set = None,
     start: flags.StartFlag = flags.Start.calibrated,
+    dtype: flags.DtypeFlag = flags.Dtype.auto,
+    device: flags.Device = "auto",
     revision: flags.Revision = None,
     as_json: flags.Json = False,
     trust_remote_code: flags.TrustRemoteCode = False,
@@ -80,13 +82,15 @@ def plan(
 
     Nothing is loaded: at most config.json is fetched. The same as convert --dry-run.
     """
+    from linearize.conversion.estimates import estimate
     from linearize.conversion.plan import make_plan
 
     console = Console(as_json)
-    made = make_plan(
+    planned = make_plan(
         model, method=method, options=flags.options(set_ or ()), layers=layers, start=start.value, revision=revision,
         trust_remote_code=trust_remote_code,
-    ).to_dict()  # fmt: skip
+    )  # fmt: skip
+    made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device).to_dict()}
     show.plan(console, made)
     flagged = [("--method", "" if method == DEFAULT else method), ("--layers", layers or ""), *(("--set", x) for x in set_ or ())]
     chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, value in flagged if value)

@@ -16,13 +16,14 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
     where = "" if source.get("path") in (None, source["id"]) else str(source["path"])
     called = source["id"] + at(source)
     alias = f"('{source['given']}')" if source.get("given") not in (None, source["id"], where) else ""
-    count = len(made["layers"])
+    count, kept = len(made["layers"]), made.get("kept_by_cost")
     console.facts(
         [
             ("model", "  ".join(x for x in (called, alias, made["architecture"], f"{count} layers") if x)),
             ("from", where),
             ("limits", made.get("limits", "")),
             ("method", "  ".join(x for x in (made["method"], pairs(made["options"]), f"start {made['start']}") if x)),
+            ("kept", f"{kept} of these layers, whose swap costs most when convert measures it" if kept else ""),
         ]
     )
     console.say()
@@ -31,11 +32,26 @@ def plan(console: Console, made: Mapping[str, Any]) -> None:
         memory(console, made)
     if "conversion" in made:
         console.facts([("conversion", route(made["conversion"]))])
+    if "estimates" in made:
+        estimates(console, made["estimates"])
 
 
 def route(found: Mapping[str, Any]) -> str:
     """Whether the weights are ever whole in memory."""
     return f"streamed, peak about {size(found['peak_bytes'])}" if found["streamed"] else f"in memory ({found['reason']})"
+
+
+def estimates(console: Console, found: Mapping[str, Any]) -> None:
+    """Memory, disk and the time of each stage on this machine."""
+    disk = f"{size(found['disk_bytes'])}, {size(found['free_bytes'])} free to write it"
+    rate = f"at {found['rate'] / 1e9:.0f} GFLOP/s in {found['dtype']}, as measured now"
+    console.facts([("memory", f"about {size(found['peak_bytes'])} beside Python's own"), ("disk", disk)])
+    console.say()
+    console.table(
+        (Column("stage"), Column("tokens", True), Column("time, about", True)),
+        [(kind, number(found["tokens"][kind]), clock(seconds)) for kind, seconds in found["seconds"].items()],
+    )
+    console.facts([("", rate)])
 
 
 def at(source: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from linearize.conversion.offload import ON_DISK, Shards, offload, release, scra
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
 from linearize.conversion.saving import save
-from linearize.conversion.selection import AUTO, kept_count
 from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS
-from linearize.errors import HubError, IntegrityError, UnsupportedError, UsageError
-from linearize.loading import pick_device, pick_dtype
+from linearize.devices import pick_device, pick_dtype
+from linearize.errors import HubError, InputError, IntegrityError, UnsupportedError, UsageError
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
 from linearize.methods.layout import layout
@@ -134,6 +133,8 @@ def convert_model(
     auto_class({**values, "architectures": [type(model).__name__]}, type(model).__name__)
     known = source or Source(type(model).__name__, getattr(model, "name_or_path", "") or "in memory", "memory", None, values)
     plan = plan_for(known, method, layers, options or {}, start)
+    if plan.keeps:
+        raise InputError(f"'{layers}' needs the model as it is beside its conversion", "layers", "linearize convert MODEL")
     new, _ = convert_in_memory(model, plan, calibration, seed, progress)
     return new
 
@@ -221,20 +222,14 @@ def convert(
     if calibration is not None:
         text.documents(str(calibration))  # a bad file is said before the model is loaded
     source = resolve(model, revision, trust_remote_code)
-    keeps = layers if layers is not None and layers.startswith(AUTO) else None
-    plan = plan_for(source, method, None if keeps else layers, options or {}, start)
-    count = kept_count(keeps, len(plan.parts)) if keeps else 0
+    plan = plan_for(source, method, layers, options or {}, start)
     target = output or Path(f"{source.name}-{file_name(method)}")
     check_target(target, overwrite, source.path)
     on = pick_device(device)
-    stored = (
-        "float32" if source.format == "gguf" else str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
-    )
-    as_stored, costs = pick_dtype(dtype, stored, on), dict[int, float]()
-    if keeps:
+    as_stored, costs = pick_dtype(dtype, source.stored_dtype, on), dict[int, float]()
+    if plan.keeps:
         costs = measure_swaps(plan, as_stored, on, calibration, seed, trust_remote_code, progress)
-        kept = dearest(costs, count)
-        plan = replace(plan, parts={layer: place for layer, place in plan.parts.items() if layer not in kept})
+        plan = plan.without(dearest(costs, plan.keeps))
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
         loaded, tokenizer = load_source(source, as_stored, trust_remote_code, folder)

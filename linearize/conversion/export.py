@@ -18,8 +18,9 @@ from linearize.conversion.architectures import ARCHITECTURES
 from linearize.conversion.hosts import Host, model_reasons
 from linearize.conversion.hosts_fla import FLA
 from linearize.conversion.hosts_transformers import TRANSFORMERS
+from linearize.devices import pick_dtype
 from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
-from linearize.loading import load, pick_dtype
+from linearize.loading import load
 from linearize.modeling.modeling_linearized import PREFIX, attentions
 from linearize.modeling.spec import MixerSpec, Shape, plan_spec
 from linearize.opening import check

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linearize import __version__
 from linearize.conversion.architectures import Architecture
 from linearize.conversion.detection import architecture, recognised
-from linearize.conversion.selection import select_layers
+from linearize.conversion.selection import kept_count, select_layers
 from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import Route, route
 from linearize.errors import InputError, UnsupportedError
@@ -32,6 +32,7 @@ class Plan:
     start: str
     parts: Mapping[int, Place]
     shape: Shape
+    keeps: int = 0  # how many of the parts stay softmax once the cost of each layer's swap is measured
 
     @property
     def total(self) -> int:
@@ -40,7 +41,18 @@ class Plan:
     @property
     def route(self) -> Route:
         """How the weights get to the checkpoint, and what memory that takes."""
+        if self.keeps:
+            return Route(False, "keep:auto measures the whole model", None)
         return route(self.source, self.architecture)
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters of all mixers."""
+        return self._of_all({mixer: count_parameters(mixer, self.shape) for mixer in self.mixers})
+
+    def without(self, layers: Collection[int]) -> Plan:
+        """The plan once it is known which layers stay."""
+        return replace(self, parts={i: place for i, place in self.parts.items() if i not in layers}, keeps=0)
 
     @property
     def max_positions(self) -> int | None:
@@ -50,7 +62,16 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state over all converted layers, activations in fp32."""
-        return sum(part.mixer.state_bytes(self.shape) for part in self.parts.values())
+        return self._of_all({mixer: mixer.state_bytes(self.shape) for mixer in self.mixers})
+
+    @property
+    def mixers(self) -> set[MixerSpec]:
+        return {part.mixer for part in self.parts.values()}
+
+    def _of_all(self, each: Mapping[MixerSpec, int]) -> int:
+        """The sum over converted layers; their mean for those of which it is not known yet whether they stay."""
+        count = len(self.parts)
+        return sum(each[part.mixer] for part in self.parts.values()) * (count - self.keeps) // count
 
     def kv_bytes(self, tokens: int, layers: int | None = None) -> int:
         """Bytes of the softmax cache of `tokens` tokens in 16 bits."""
@@ -86,17 +107,17 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The table, for people and machines."""
-        added = {part.mixer: count_parameters(part.mixer, self.shape) for part in self.parts.values()}
+        added = {mixer: count_parameters(mixer, self.shape) for mixer in self.mixers}
         rows = [self._row(i, self.parts.get(i), added) for i in range(self.total)]
-        chosen = len(self.parts)
+        chosen = len(self.parts) - self.keeps
         lengths = KV_LENGTHS if self.architecture.causal else ()  # an encoder caches nothing
         return {
             "source": self.source.provenance(), "method": self.method, "start": self.start, "options": dict(self.options),
             "mixers": {part.name: part.mixer.to_dict() for part in self.parts.values()},
             "architecture": self.architecture.model_type, "limits": self.architecture.limits, "layers": rows,
-            "converted": chosen, "kept": self.total - chosen,
+            "converted": chosen, "kept": self.total - chosen, "kept_by_cost": self.keeps,
             "conversion": self.route.to_dict(),
-            "parameters_added": sum(row["parameters"] for row in rows),
+            "parameters_added": self._of_all(added),
             "state_bytes": self.state_bytes,
             "kv_bytes": {str(n): self.kv_bytes(n) for n in lengths},
             "kv_bytes_saved": {str(n): self.kv_bytes(n, chosen) - self.state_bytes for n in lengths},
@@ -162,7 +183,7 @@ def plan_for(source: Source, method: str, layers: str | None, options: Mapping[s
     parts = {layer: reaching(place.within(shape, norm_eps), sliding[layer]) for layer, place in given if place is not None}
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
-    return Plan(source, family, method, dict(options), start, parts, shape)
+    return Plan(source, family, method, dict(options), start, parts, shape, kept_count(layers, len(parts)))
 
 
 def make_plan(

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.conversion.streaming import RANKED_LENGTH
 from linearize.evaluation.perplexity import Variant, compare
 from linearize.modeling.attention import LinearizedAttention, set_mode
 from linearize.modeling.modeling_linearized import attentions, mode
 from linearize.progress import Progress, silent
 from linearize.text import Packed
-
-LENGTH = 512
 
 
 def swap_costs(model: Any, ids: Tensor, progress: Progress = silent) -> dict[int, float]:
@@ -24,7 +23,7 @@ def swap_costs(model: Any, ids: Tensor, progress: Progress = silent) -> dict[int
     `ids` (rows, T) are calibration sequences, of which the first 512 tokens count. A ratio of errors inside the layer would
     not do: it says nothing of what the layers after it make of them.
     """
-    rows = ids[:, :LENGTH]
+    rows = ids[:, :RANKED_LENGTH]
     packed = Packed(rows, torch.arange(rows.shape[1]).expand_as(rows))
     swapped = attentions(model)
     variants = [Variant("teacher", model, lambda: mode(model, "observe"))]

@@ -1,4 +1,4 @@
-"""Which layers are converted: all | full | 0-5,9 | every:n | keep:p%."""
+"""Which layers are converted: all | full | 0-5,9 | every:n | keep:p% | keep:auto:k."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ def select_layers(selector: str | None, architecture: Architecture, config: Mapp
     """Indices of the layers to convert; the default is every layer whose cache grows. InputError names what is wrong."""
     count = architecture.layers(config)
     every = list(range(count))
-    if selector in (None, "full"):
+    if selector is None or selector == "full" or selector.startswith(AUTO):
         return architecture.full_layers(config)
-    assert selector is not None
-    if selector.startswith(AUTO):
-        raise InputError(
-            f"'{selector}' measures what each layer's swap costs, and a plan loads nothing", "--layers", "linearize convert"
-        )
     try:
         if selector == "all":
             chosen = every
@@ -45,8 +40,10 @@ def select_layers(selector: str | None, architecture: Architecture, config: Mapp
     return chosen
 
 
-def kept_count(selector: str, converted: int) -> int:
-    """How many layers `keep:auto:K` keeps. InputError unless at least one layer is kept and one converted."""
+def kept_count(selector: str | None, converted: int) -> int:
+    """How many of those layers `keep:auto:K` keeps, 0 for other selectors. InputError unless one is kept and one converted."""
+    if selector is None or not selector.startswith(AUTO):
+        return 0
     text = selector.removeprefix(AUTO)
     if not text.isdecimal() or not 0 < int(text) < converted:
         raise InputError(f"cannot read the layers '{selector}'", "--layers", f"keep:auto:K with K from 1 to {converted - 1}")

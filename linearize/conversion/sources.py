@@ -47,6 +47,12 @@ class Source:
         stem = self.given if self.given in ALIASES else Path(self.id).stem if self.format == "gguf" else Path(self.id).name
         return stem.lower()
 
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of the weights as they are stored; a GGUF file's are unpacked to fp32."""
+        own = self.config.get("dtype") or self.config.get("torch_dtype")
+        return "float32" if self.format == "gguf" or not own else str(own)
+
     def provenance(self) -> dict[str, Any]:
         return {
             "given": self.given, "id": self.id, "format": self.format, "revision": self.revision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from linearize.conversion.sources import Source
 from linearize.modeling.spec import Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
+RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
 ROW_BLOCK = 256  # queries whose scores a start looks at in one go
@@ -38,12 +40,26 @@ def route(source: Source, family: Architecture) -> Route:
     if source.format == "memory":
         return Route(False, "the model is in memory already", None)
     shape, mlp = family.shape(source.config), family.mlp_width(source.config)
+    return Route(True, "", peak_bytes(shape, mlp, tensor_sizes(source, family)))
+
+
+def tensor_sizes(source: Source, family: Architecture) -> list[int]:
+    """Elements of the model's tensors: from the headers of its files or, where none is here, of those that its config tells."""
+    config = source.config
     if source.format == "folder" and source.path is not None:
-        sizes = [prod(entry["shape"]) for path in weight_files(source.path) for entry in safetensors_header(path).values()]
-    else:  # nothing of it is here: its large tensors, as its config has them
-        vocabulary, matrix = int(source.config["vocab_size"]) * shape.hidden_size, mlp * shape.hidden_size
-        sizes = [vocabulary, *[matrix] * MLP_MATRICES * family.layers(source.config)]
-    return Route(True, "", peak_bytes(shape, mlp, sizes))
+        return [prod(entry["shape"]) for path in weight_files(source.path) for entry in safetensors_header(path).values()]
+    if "parameters" in config:  # a GGUF file was counted when its config was read
+        return [int(config["parameters"])]
+    shape, experts = family.shape(config), int(config.get("num_local_experts") or config.get("num_experts") or 1)
+    vocabulary = [int(config["vocab_size"]) * shape.hidden_size] * (1 if config.get("tie_word_embeddings") else 2)
+    heads = [shape.hidden_size * count * shape.head_dim for count in (shape.heads, shape.kv_heads) for _ in range(2)]
+    mlp = [shape.hidden_size * expert_width(config, family)] * MLP_MATRICES * experts
+    return vocabulary + (heads + mlp) * family.layers(config)
+
+
+def expert_width(config: Mapping[str, Any], family: Architecture) -> int:
+    """Width of one feed-forward network, of which a mixture has several."""
+    return int(config.get("moe_intermediate_size") or family.mlp_width(config))
 
 
 def peak_bytes(shape: Shape, mlp: int, sizes: list[int]) -> int:

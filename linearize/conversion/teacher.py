@@ -8,9 +8,9 @@ from typing import Any
 
 from linearize.conversion.convert import attach, load_source
 from linearize.conversion.sources import resolve
+from linearize.devices import pick_device
 from linearize.errors import LinearizeError
 from linearize.evaluation.fidelity import window_alone
-from linearize.loading import pick_device
 from linearize.modeling.spec import MixerSpec
 
 

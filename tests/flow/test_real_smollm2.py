@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from filecmp import cmp
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from linearize import convert_model
-from linearize.conversion.convert import calibration_ids, load_source
+from linearize.conversion.convert import calibration_ids, convert, load_source
 from linearize.conversion.sources import packaged_smollm2, resolve
 from linearize.methods import get, make, names
 from linearize.modeling.modeling_linearized import attentions, replaced
@@ -114,6 +117,23 @@ def test_decoding_is_the_parallel_forward(loaded: tuple[Any, Any], text: Tensor,
 
     exact, ids = model.double(), text[:, : EXACT_PROMPT + EXACT_STEPS]
     assert deviation(stepwise(exact, ids, EXACT_PROMPT), exact(ids, use_cache=False).logits[0, EXACT_PROMPT - 1 :]) < EXACT
+
+
+def test_a_gguf_file_and_a_folder_give_the_same_checkpoint(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """Every file to the byte but what names the source, though one is unpacked whole and the other streamed."""
+    for part in loaded:
+        part.save_pretrained(tmp_path / "smollm2")
+    made = [convert(str(model), layers="0-3", output=tmp_path / f"{i}") for i, model in enumerate(("smollm2", tmp_path / "smollm2"))]
+    assert [m.plan.source.format for m in made] == ["gguf", "folder"]
+    assert [m.plan.route.streamed for m in made] == [False, True]
+    first, second = ({path.name: path for path in m.path.iterdir()} for m in made)
+    assert set(first) == set(second)
+    differ = {name for name in first if not cmp(first[name], second[name], shallow=False)}
+    assert differ <= {"config.json", "README.md", "linearize.json"}
+    configs = [json.loads(files["config.json"].read_text()) for files in (first, second)]
+    for config in configs:
+        config["linearize"].pop("source")
+    assert configs[0] == configs[1]
 
 
 def test_a_window_over_everything_is_softmax(loaded: tuple[Any, Any], text: Tensor) -> None:
