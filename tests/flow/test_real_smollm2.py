@@ -123,7 +123,8 @@ def test_a_gguf_file_and_a_folder_give_the_same_checkpoint(loaded: tuple[Any, An
     """Every file to the byte but what names the source, though one is unpacked whole and the other streamed."""
     for part in loaded:
         part.save_pretrained(tmp_path / "smollm2")
-    made = [convert(str(model), layers="0-3", output=tmp_path / f"{i}") for i, model in enumerate(("smollm2", tmp_path / "smollm2"))]
+    models = ("smollm2", str(tmp_path / "smollm2"))
+    made = [convert(model, layers="0-3", output=tmp_path / f"{i}") for i, model in enumerate(models)]
     assert [m.plan.source.format for m in made] == ["gguf", "folder"]
     assert [m.plan.route.streamed for m in made] == [False, True]
     first, second = ({path.name: path for path in m.path.iterdir()} for m in made)
