@@ -59,5 +59,5 @@ class Interrupted(LinearizeError):
     """Training stopped by a signal, its state saved: exit code 128 + the signal's number."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__("stopped, state saved", where, "the same command with --resume goes on")
+        super().__init__("stopped, state saved", where, "the same command with --resume auto goes on")
         self.code = 128 + number

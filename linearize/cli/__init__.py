@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import sys
 import warnings
@@ -16,6 +17,7 @@ import typer
 from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, methods
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
+from linearize.errors import Interrupted
 
 MAKE, MEASURE, USE = "Make", "Measure", "Use"
 DEBUG = "--debug"
@@ -87,6 +89,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 0
+    except Interrupted as stop:
+        if "--resume" in stop.fix:
+            stop.fix = shlex.join(["linearize", *arguments, *([] if "--resume" in arguments else ["--resume", "auto"])])
+        return report(stop, debug)
     except (Exception, KeyboardInterrupt) as error:
         return report(error, debug)
     return 0

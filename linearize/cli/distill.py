@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ EXAMPLES = """\
 linearize distill smollm2-default
 linearize distill smollm2-default --data book.txt --tokens 2M -o taught
 linearize distill smollm2-default --stage attention --tokens 50k
-linearize distill smollm2-default --resume
+linearize distill smollm2-default --resume auto
 torchrun --nproc_per_node 2 -m linearize distill smollm2-default"""
 
 LEARN = "What it learns from"
@@ -27,7 +28,28 @@ Tokens = Annotated[
 Stage = Annotated[flags.StageKind, typer.Option(help="Which stages to run.", rich_help_panel=LEARN)]
 Sequence = Annotated[int, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=LEARN)]
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=LEARN)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.", rich_help_panel=flags.HOW)]
+SaveEvery = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Steps from save to save.", rich_help_panel=flags.HOW, show_default="five minutes"),
+]
+Keep = Annotated[int, typer.Option(min=1, metavar="N", help="Saved states that stay until the end.", rich_help_panel=flags.HOW)]
+Dropout = Annotated[
+    float | None,
+    typer.Option(
+        "--lora-dropout", min=0, max=0.9, metavar="P", help="Of the adapter's inputs.", rich_help_panel=LEARN,
+        show_default="the method's",
+    ),
+]  # fmt: skip
+
+
+class Resume(str, Enum):
+    """Whether an interrupted run goes on."""
+
+    never = "never"
+    auto = "auto"
+
+
+ResumeFlag = Annotated[Resume, typer.Option("--resume", help="auto: go on where a run stopped.", rich_help_panel=flags.HOW)]
 
 
 def distill(
@@ -37,7 +59,10 @@ def distill(
     stage: Stage = flags.StageKind.all,
     sequence: Sequence = 1024,
     batch: Batch = 1,
-    resume: Resume = False,
+    lora_dropout: Dropout = None,
+    save_every: SaveEvery = None,
+    keep: Keep = 2,
+    resume: ResumeFlag = Resume.never,
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
     output: flags.Output = None,
@@ -55,7 +80,8 @@ def distill(
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            directory, data=data, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output, resume=resume,
+            directory, data=data, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
+            resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from linearize.distillation.guard import IN_A_ROW, Guard, check_finite, drawn, worst_layer
+from linearize.distillation.metrics import append, forget_after, peak_memory, worst
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
 from linearize.errors import Interrupted, ResourceError, TrainingError
 from linearize.progress import Progress
 from linearize.text import Packed
 
 WARMUP = 0.05
-MAX_SKIPPED = 3
 SAVE_EVERY_SECONDS = 300.0
 
 
@@ -71,9 +71,30 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1))) * 0.95 + 0.05
 
 
+class Task(Protocol):
+    """What a stage does with rows (B, T): `backward` adds gradients and returns the loss."""
+
+    @property
+    def by_layer(self) -> Mapping[int, float]:
+        """The last step's losses, where each layer has its own."""
+
+    def backward(self, ids: Tensor, positions: Tensor) -> float: ...
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When the state is saved, every so many steps or else every few minutes, and how many of the last are kept."""
+
+    every: int | None = None
+    keep: int = 2
+
+
+BY_TIME = Saving()
+
+
 @dataclass
 class Trainer:
-    """One stage: `backward(ids, positions)` adds gradients and returns the loss; the trainer does the rest."""
+    """One stage: its task adds gradients; the trainer does the rest."""
 
     accelerator: Accelerator
     run: Path
@@ -82,45 +103,54 @@ class Trainer:
     groups: list[dict[str, Any]]
     parameters: Callable[[], dict[str, Tensor]]
     restore: Callable[[dict[str, Tensor]], None]
-    backward: Callable[[Tensor, Tensor], float]
+    named: Mapping[str, nn.Parameter]
+    task: Task
     schedule: Schedule
     facts: dict[str, Any]
     done: list[dict[str, Any]]
     progress: Progress
     reduce_gradients: bool
+    saving: Saving = BY_TIME
     deadline: float | None = None
     losses: list[float] = field(default_factory=list)
     stopped: int = 0
+    rate: float = 1.0  # of the schedule's: half of it after a roll-back
 
     def train(self, resume: bool) -> dict[str, Any]:
-        """Run the stage's steps; a signal saves and raises Interrupted, a run of non-finite losses TrainingError."""
+        """Run the stage's steps. A signal saves and raises Interrupted.
+
+        Steps whose loss is not finite are skipped; several in a row bring the last saved state back, at half the rate; when
+        that happens again it is a TrainingError.
+        """
+        self.guard = Guard(self.run / "skipped", self.name)
         optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
-        step, skipped, began = self._resume(optimizer) if resume else 0, 0, time.monotonic()
+        step, began = self._resume(optimizer) if resume else 0, time.monotonic()
+        if step == 0:
+            self._save(optimizer, 0)
         saved = began
         with self._signals():
             while step < self.schedule.steps:
                 loss = self._step(optimizer, rates, step)
-                skipped = 0 if math.isfinite(loss) else skipped + 1
-                if skipped >= MAX_SKIPPED:
-                    raise TrainingError(
-                        f"the loss was not finite {MAX_SKIPPED} times in a row",
-                        f"{self.name}, step {step}",
-                        "a lower learning rate",
-                    )
+                if self.guard.saw(loss):
+                    step = self._roll_back(optimizer, step)
+                    continue
                 step += 1
                 self._report(step, loss, began)
                 now = time.monotonic()
                 if self._any(self.stopped):
                     self._save(optimizer, step)
                     raise Interrupted(self._any(self.stopped), f"{self.name}, step {step} of {self.schedule.steps}")
-                if now - saved > SAVE_EVERY_SECONDS:
+                every = self.saving.every
+                if self._any(int(now - saved > SAVE_EVERY_SECONDS if every is None else step % every == 0)):
                     self._save(optimizer, step)
                     saved = now
                 if self._any(int(self.deadline is not None and now > self.deadline)):
                     break
+        check_finite(self.parameters().items(), f"{self.name}, step {step}", self._kept())
         return {
             "steps": step,
+            "skipped": self.guard.skipped,
             "seconds": time.monotonic() - began,
             "first_loss": _mean(self.losses[:4]),
             "last_loss": _mean(self.losses[-4:]),
@@ -128,11 +158,13 @@ class Trainer:
 
     def _step(self, optimizer: torch.optim.Optimizer, rates: list[float], step: int) -> float:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * self.schedule.factor(step)
+            group["lr"] = rate * self.rate * self.schedule.factor(step)
         optimizer.zero_grad(set_to_none=True)
         index = self.schedule.indices(step)
         device = self.accelerator.device
-        loss = self.backward(self.schedule.rows.ids[index].to(device), self.schedule.rows.positions[index].to(device))
+        ids, positions = self.schedule.rows.ids[index].to(device), self.schedule.rows.positions[index].to(device)
+        with drawn(device, self.schedule.seed, self.stage, step, self.schedule.rank):
+            loss = self.task.backward(ids, positions)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         if self.reduce_gradients and self.accelerator.num_processes > 1:
             for parameter in trained:
@@ -141,6 +173,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(trained, 1.0) if self.name != "attention" else _norm(trained)
         total = self.accelerator.reduce(torch.tensor([loss], device=device), "mean")
         if not (math.isfinite(float(total)) and bool(torch.isfinite(norm))):
+            self.guard.keep(step, self.schedule.rank, ids, positions)
             return math.nan
         optimizer.step()
         self.losses.append(float(total))
@@ -150,23 +183,22 @@ class Trainer:
         rows = step * self.schedule.batch * self.schedule.processes
         tokens = rows * self.schedule.rows.ids.shape[1]
         speed = tokens / max(time.monotonic() - began, 1e-9)
-        self.progress(
-            f"distill: {self.name}", step, self.schedule.steps, loss=round(loss, 5), tokens=tokens, tokens_per_second=round(speed)
-        )
+        told: dict[str, Any] = {"loss": round(loss, 5), "tokens": tokens, "tokens_per_second": round(speed)}
+        memory, skipped = peak_memory(self.accelerator.device), self.guard.skipped
+        seen = {"memory": f"{memory / 1e9:.1f} GB", "worst": worst(self.task.by_layer), "skipped": skipped}
+        self.progress(f"distill: {self.name}", step, self.schedule.steps, **told, **{k: v for k, v in seen.items() if v})
         if self.accelerator.is_main_process:
-            line = {
-                "stage": self.name,
-                "step": step,
-                "loss": loss if math.isfinite(loss) else None,
-                "tokens": tokens,
-                "seconds": round(time.monotonic() - began, 2),
-            }
-            with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            rate = self.rate * self.schedule.factor(step - 1)
+            line = {"stage": self.name, "step": step, **told, "loss": loss, "rate": rate, "memory": memory, "skipped": skipped}
+            seconds = round(time.monotonic() - began, 2)
+            append(self.run, {**line, "seconds": seconds, "layers": {str(i): x for i, x in self.task.by_layer.items()}})
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        parameters = self.parameters()
+        check_finite(parameters.items(), f"{self.name}, step {step}", self._kept())
         if self.accelerator.is_main_process:
-            save_state(self.run, self.stage, step, self.parameters(), optimizer, {**self.facts, "done": self.done})
+            facts = {**self.facts, "done": self.done, "rate": self.rate, "skipped": self.guard.skipped}
+            save_state(self.run, self.stage, step, parameters, optimizer, facts, self.saving.keep)
         self.accelerator.wait_for_everyone()
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
@@ -177,7 +209,24 @@ class Trainer:
         check_same(facts, self.facts)
         self.restore(parameters)
         load_optimizer(optimizer, moments)
+        self.rate, self.guard.skipped = float(facts["rate"]), int(facts["skipped"])
+        if self.accelerator.is_main_process:
+            forget_after(self.run, self.name, int(facts["step"]))
         return int(facts["step"])
+
+    def _roll_back(self, optimizer: torch.optim.Optimizer, step: int) -> int:
+        """The last saved state again, at half the rate; TrainingError the second time."""
+        skipped, where = self.guard.skipped, f"{self.name}, step {step}, worst {worst_layer(self.named)}"
+        if self.rate < 1:
+            what = f"the loss was not finite {IN_A_ROW} times in a row, again at half the learning rate"
+            raise TrainingError(what, where, self._kept())
+        step = self._resume(optimizer)
+        self.rate, self.guard.skipped, self.guard.in_a_row = 0.5, skipped, 0
+        return step
+
+    def _kept(self) -> str:
+        """What is left of a run that failed, for the second line of its error."""
+        return f"the last good state is in {self.run}, rows that failed in {self.guard.folder}; try other data or a lower rate"
 
     def _any(self, value: int) -> int:
         """The largest value of any process, so that all of them stop at the same step."""

@@ -24,10 +24,16 @@ def add_adapter(model: Any, stage: Stage, seed: int) -> Any:
     letters = stage.targets or tuple(family.projections)
     names = [f"{layer['module']}.{family.projections[letter]}" for layer in model.config.linearize["layers"] for letter in letters]
     task = "CAUSAL_LM" if family.causal else None  # peft has none for masked language models
-    config = LoraConfig(r=stage.rank, lora_alpha=ALPHA_PER_RANK * stage.rank, target_modules=names, task_type=task)
+    config = LoraConfig(
+        r=stage.rank, lora_alpha=ALPHA_PER_RANK * stage.rank, lora_dropout=stage.dropout, target_modules=names, task_type=task
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
+        made = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for name, module in made.named_modules():  # the model's own dropout stays off, as the teacher's is
+        if name.endswith("lora_dropout"):
+            module.train()
+    return made
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

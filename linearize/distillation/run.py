@@ -15,7 +15,7 @@ from linearize import text
 from linearize.checkpoint import check_target
 from linearize.conversion.saving import save
 from linearize.distillation import lora
-from linearize.distillation.loop import Schedule, Trainer, make_accelerator
+from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
 from linearize.errors import InputError, UnsupportedError, UsageError
@@ -58,12 +58,17 @@ def distill(
     sequence: int = SEQUENCE,
     batch: int = 1,
     device: str = "auto",
+    save_every: int | None = None,
+    keep: int = 2,
+    dropout: float | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
     """Train the mixers (stage attention), then LoRA (stage lora), and write the merged checkpoint to `output`.
 
     `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
+    The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
+    `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
     """
     if stage not in KINDS:
         raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
@@ -74,15 +79,20 @@ def distill(
     accelerator = make_accelerator(device)
     model, tokenizer = load(directory, device=str(accelerator.device))
     chosen = stages_for(plan, stage, tokens)
+    chosen = [s if dropout is None else replace(s, dropout=dropout) for s in chosen]
     sequence = min(sequence, plan.get("max_positions") or sequence)
     encoded = text.tokenise(tokenizer, training)
     rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
     check_encoder(model, chosen, rows, str(directory))
     run = target.with_name(f"{target.name}.run")
-    begin_run(accelerator, run, resume)
+    begin_run(accelerator, run, resume, overwrite)
     facts = {"data": data, "seed": seed, "sequence": sequence, "batch": batch, "processes": accelerator.num_processes}
+    facts["dropout"] = [s.dropout for s in chosen]
     teller = progress if accelerator.is_main_process else silent
-    found = train_stages(accelerator, model, chosen, rows, run, facts, batch=batch, seed=seed, resume=resume, progress=teller)
+    found = train_stages(
+        accelerator, model, chosen, rows, run, facts,
+        batch=batch, seed=seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
+    )  # fmt: skip
     finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
 
@@ -114,10 +124,12 @@ def check_encoder(model: Any, stages: list[Stage], rows: text.Packed, where: str
         raise UnsupportedError("stage lora hides tokens, and this tokenizer has no mask token", where, "--stage attention")
 
 
-def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
-    """The folder that holds a run's state and metrics until its checkpoint is written."""
-    if resume and latest_state(run) is None:
-        raise InputError("there is no saved state to go on from", str(run), "start without --resume")
+def begin_run(accelerator: Accelerator, run: Path, resume: bool, overwrite: bool = False) -> None:
+    """The folder that holds a run's state and metrics until its checkpoint is written. InputError if one would be lost."""
+    if not (resume or overwrite) and (saved := latest_state(run)) is not None:
+        facts, fix = saved[0], "--resume auto goes on with it; --overwrite begins anew"
+        raise InputError(f"a run was interrupted here (stage {facts['stage'] + 1}, step {facts['step']})", str(run), fix)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not resume:
             shutil.rmtree(run, ignore_errors=True)
@@ -127,7 +139,8 @@ def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
 
 def train_stages(
     accelerator: Accelerator, model: Any, stages: list[Stage], rows: text.Packed, run: Path, facts: dict[str, Any], *,
-    batch: int = 1, seed: int = 0, resume: bool = False, deadline: float | None = None, progress: Progress = silent,
+    batch: int = 1, seed: int = 0, resume: bool = False, saving: Saving = BY_TIME, deadline: float | None = None,
+    progress: Progress = silent,
 ) -> Trained:  # fmt: skip
     """Run the stages in order on one model. `deadline` (time.monotonic) ends the last stage early."""
     done: list[dict[str, Any]] = []
@@ -139,7 +152,8 @@ def train_stages(
             continue
         model, report = train_stage(
             accelerator, model, stage, number, rows, run, {**facts, "tokens": [s.tokens for s in stages]},
-            batch=batch, seed=seed, resume=resume and number == at, deadline=deadline, done=list(done), progress=progress,
+            batch=batch, seed=seed, resume=resume and number == at, saving=saving, deadline=deadline, done=list(done),
+            progress=progress,
         )  # fmt: skip
         done.append(report)
     return Trained(model, done)
@@ -159,7 +173,7 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def train_stage(
     accelerator: Accelerator, model: Any, stage: Stage, number: int, rows: text.Packed, run: Path, facts: dict[str, Any], *,
-    batch: int, seed: int, resume: bool, deadline: float | None, done: list[dict[str, Any]], progress: Progress,
+    batch: int, seed: int, resume: bool, saving: Saving, deadline: float | None, done: list[dict[str, Any]], progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """One stage; returns the model (wrapped by peft after a lora stage) and its report."""
     model.requires_grad_(False)
@@ -188,9 +202,9 @@ def train_stage(
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
         parameters=lambda: {name.removeprefix("base_model.model."): p.data for name, p in every.items()},
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
-        backward=_backward(accelerator, model, stage, rows.mask_token),
+        named=every, task=_task(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
-        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", deadline=deadline,
+        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", saving=saving, deadline=deadline,
     )  # fmt: skip
     result = trainer.train(resume)
     result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
@@ -206,11 +220,11 @@ def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: i
     return Schedule(rows, max(round(stage.tokens / a_step), 1), seed, accelerator.num_processes, accelerator.process_index, batch)
 
 
-def _backward(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Any:
+def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Task:
     if stage.kind == "attention":
-        return AttentionTransfer(model, stage).backward
+        return AttentionTransfer(model, stage)
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
-    return LogitDistillation(accelerator, wrapped, model, stage, mask_token).backward
+    return LogitDistillation(accelerator, wrapped, model, stage, mask_token)
 
 
 def finish(

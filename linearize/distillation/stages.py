@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +64,8 @@ class LogitDistillation:
 
     A decoder predicts the next token; an encoder, for which `mask_token` is given, the tokens that it hides.
     """
+
+    by_layer: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self, accelerator: Accelerator, wrapped: nn.Module, model: Any, stage: Stage, mask_token: int | None) -> None:
         self.accelerator, self.wrapped, self.model, self.stage = accelerator, wrapped, model, stage

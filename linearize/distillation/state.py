@@ -14,8 +14,6 @@ from torch import Tensor
 from linearize.checkpoint import staged, verify
 from linearize.errors import InputError, IntegrityError
 
-KEEP = 2
-
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and steps by parameter number."""
@@ -36,15 +34,16 @@ def states(run: Path) -> list[Path]:
 
 
 def save_state(
-    run: Path, stage: int, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-) -> None:
-    """Write run/step-<stage>-<step>; older ones are pruned only after it is complete."""
+    run: Path, stage: int, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, facts: dict[str, Any],
+    keep: int,
+) -> None:  # fmt: skip
+    """Write run/step-<stage>-<step>; all but the last `keep` are pruned, only after it is complete."""
     target = run / f"step-{stage}-{step:08d}"
     with staged(target, overwrite=True) as folder:
         save_file({name: x.detach().contiguous() for name, x in parameters.items()}, folder / "parameters.safetensors")
         save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps({**facts, "stage": stage, "step": step}), encoding="utf-8")
-    for old in states(run)[:-KEEP]:
+    for old in states(run)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -67,5 +66,5 @@ def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
             raise InputError(
                 f"the run was begun with {key} {saved.get(key)}, not {value}",
                 "--resume",
-                f"give it {key} {saved.get(key)}, or start anew without --resume",
+                f"give it {key} {saved.get(key)}, or begin anew with --overwrite",
             )

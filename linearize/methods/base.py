@@ -46,6 +46,7 @@ class Stage:
     trained: tuple[str, ...] = ("mixers",)
     loss: str = "relative_mse"
     rank: int = 8
+    dropout: float = 0.0  # of LoRA's inputs
     targets: tuple[str, ...] = ()  # LoRA's; empty is the architecture's q, k, v, o
     ce_weight: float = 0.0
     mixer_lr: float = 0.0  # where a lora stage trains the mixers too
