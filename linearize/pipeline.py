@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from linearize import text
 from linearize.checkpoint import check_target
@@ -20,6 +21,7 @@ from linearize.conversion.teacher import teacher_host
 from linearize.distillation.loop import make_accelerator
 from linearize.distillation.run import SEQUENCE, begin_run, finish, stages_for, train_stages
 from linearize.distillation.stages import AttentionTransfer
+from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import Interrupted, ResourceError
 from linearize.evaluation.fidelity import LENGTH, Evaluation, evaluate_model, held_out_rows
 from linearize.loading import load
@@ -52,8 +54,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a checkpoint on text that it was not trained on (the held-out share of `data`, or all of another file)."""
     need_decoder(check(directory)["linearize"], str(directory), "perplexity and recall are")
-    source = data or text.BUILTIN
-    docs = text.documents(source)
+    source = data or BUILTIN
+    docs = documents(source, chat_of(AutoTokenizer.from_pretrained(directory)))
     model, tokenizer = load(directory, device=device)
     plan = model.config.linearize
     _, held_out = text.split(docs)
@@ -95,10 +97,10 @@ def demo(
     again, tokenizer = load(output, dtype="float32")
     progress("load again", 1, 1)
     host, _ = teacher_host(again, again.config.linearize, None, "auto")
-    _, held_out = text.split(text.documents(text.BUILTIN))
+    _, held_out = text.split(documents(BUILTIN))
     rows = held_out_rows(tokenizer, held_out, EVALUATION_ROWS * LENGTH)
     notes = ["the held-out documents of the Python manual's topics, which no stage trains on"]
-    found = evaluate_model(again, host, tokenizer, rows, str(output), text.BUILTIN, recall=False, notes=notes, progress=progress)
+    found = evaluate_model(again, host, tokenizer, rows, str(output), BUILTIN, recall=False, notes=notes, progress=progress)
     tell("evaluation", found.to_dict())
     session = Session.of(again, tokenizer)
     tell("question", DEMO_PROMPT)
@@ -116,7 +118,7 @@ def demo(
 def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool, progress: Progress) -> list[dict[str, Any]]:
     """Attention transfer for as many tokens as fit before `end`, at least 30k, then LoRA in what is left; writes the checkpoint."""
     accelerator = make_accelerator("cpu" if model.device.type == "cpu" else "auto")
-    docs, _ = text.split(text.documents(text.BUILTIN))
+    docs, _ = text.split(documents(BUILTIN))
     rows = text.pack(text.tokenise(tokenizer, docs), SEQUENCE)
     transfer, logits = stages_for(model.config.linearize, "all", None)
     began = time.monotonic()
@@ -130,7 +132,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     if left >= 20 * LORA_STEP_COST:
         stages.append(_with_tokens(logits, int(left / LORA_STEP_COST) * SEQUENCE))
     run = output.with_name(f"{output.name}.run")
-    facts = {"data": text.BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
+    facts = {"data": BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
     begin_run(accelerator, run, resume=False, overwrite=True)
     try:
         trained = train_stages(accelerator, model, stages, rows, run, facts, progress=progress)

@@ -1,13 +1,10 @@
-"""Text in, rows of tokens out: built-in, local and hub documents, split by hash, packed with their boundaries kept."""
+"""Documents in, rows of tokens out: split by hash, packed with their boundaries kept."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from glob import glob
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import InputError
@@ -15,72 +12,7 @@ from linearize.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BUILTIN = "builtin"
-SUFFIXES = {".txt", ".md", ".rst", ".py", ".jsonl"}
 HELD_OUT_PERCENT = 10
-
-
-def documents(source: str) -> list[str]:
-    """Documents of 'builtin' (the Python manual's topics, with every Python), a file, folder or glob, or a hub data set.
-
-    InputError names what cannot be read, before any work starts.
-    """
-    if source == BUILTIN:
-        from pydoc_data.topics import topics
-
-        return [topics[name] for name in sorted(topics)]
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    else:
-        files = [path] if path.is_file() else sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
-    if not files and (path.suffix or path.exists() or source.count("/") != 1):
-        raise InputError("no text found", source, "pass a .txt or .jsonl file, a folder, a glob, a hub data set or 'builtin'")
-    found = [doc for file in files for doc in _read(file)] if files else _hub(source)
-    found = [doc for doc in found if doc.strip()]
-    if not found:
-        raise InputError("the text is empty", source, "pass a file with some text in it")
-    return found
-
-
-def _read(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 (byte {error.start})", str(path), "convert it: iconv -t UTF-8") from None
-    except OSError as error:
-        raise InputError(f"cannot read ({error.strerror})", str(path), "check the path and its permissions") from None
-    return _json_lines(text, path) if path.suffix == ".jsonl" else [text]
-
-
-def _json_lines(text: str, path: Path) -> list[str]:
-    found = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise InputError("not JSON", f"{path}:{number}", "one JSON object a line, with a 'text' field") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise InputError(f"has {columns}; expected text", f"{path}:{number}", "name the field with the document 'text'")
-        found.append(row["text"])
-    return found
-
-
-def _hub(source: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError("no such file, and hub data sets need datasets", source, "pip install 'linearize[data]'") from None
-    try:
-        rows = load_dataset(source, split="train")
-    except Exception as error:  # whatever the hub, the network or the data set raises
-        raise InputError(f"cannot load the data set ({type(error).__name__})", source, "pass a local file or folder") from None
-    if "text" not in rows.column_names:
-        raise InputError(f"has columns {', '.join(rows.column_names)}; expected text", source, "pass a set with a 'text' column")
-    return list(rows["text"])
 
 
 def fingerprint(document: str) -> int:

@@ -23,6 +23,7 @@ from linearize.conversion.plan import count_parameters, plan_for
 from linearize.conversion.sources import resolve
 from linearize.distillation.loop import Schedule
 from linearize.distillation.losses import relative_mse
+from linearize.documents import BUILTIN, documents
 from linearize.evaluation.fidelity import held_out_rows
 from linearize.evaluation.perplexity import Variant, compare
 from linearize.methods import names
@@ -197,7 +198,7 @@ def main() -> None:
     base, tokenizer = load_source(source, torch.float32)
     ids = calibration_ids(tokenizer, None)[:1]
     host, _ = convert_in_memory(base.eval(), plan_for(source, "window", None, {}, CALIBRATED), ids, SEED, lambda *_, **__: None)
-    training_docs, held_out = text.split(text.documents(text.BUILTIN))
+    training_docs, held_out = text.split(documents(BUILTIN))
     rows = held_out_rows(tokenizer, held_out, args.evaluate * SEQUENCE)
     print(f"teacher: perplexity {perplexity(host, rows, lambda: mode(host, 'teacher')):.2f}", flush=True)
     args.results.mkdir(exist_ok=True)

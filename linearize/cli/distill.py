@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import Enum
 from typing import Annotated
 
@@ -9,17 +11,24 @@ import typer
 
 from linearize.cli import flags, show
 from linearize.cli.console import Console
+from linearize.errors import UsageError
 
 EXAMPLES = """\
 linearize distill smollm2-default
-linearize distill smollm2-default --data book.txt --tokens 2M -o taught
+linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
 linearize distill smollm2-default --stage attention --tokens 50k
 linearize distill smollm2-default --resume auto
 torchrun --nproc_per_node 2 -m linearize distill smollm2-default"""
 
 LEARN = "What it learns from"
 Data = Annotated[
-    str, typer.Option(metavar="SOURCE", help="A text file, a folder, a hub data set, or builtin.", rich_help_panel=LEARN)
+    str,
+    typer.Option(
+        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, or builtin.", rich_help_panel=LEARN
+    ),
+]
+Recall = Annotated[
+    float, typer.Option(min=0, max=0.9, metavar="SHARE", help="Share of rows that ask for what was hidden.", rich_help_panel=LEARN)
 ]
 Tokens = Annotated[
     str | None,
@@ -42,6 +51,14 @@ Dropout = Annotated[
 ]  # fmt: skip
 
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Start N processes, through torchrun.", rich_help_panel=flags.HOW, show_default="as launched"
+    ),
+]
+
+
 class Resume(str, Enum):
     """Whether an interrupted run goes on."""
 
@@ -55,6 +72,7 @@ ResumeFlag = Annotated[Resume, typer.Option("--resume", help="auto: go on where 
 def distill(
     directory: flags.Directory,
     data: Data = "builtin",
+    recall: Recall = 0.0,
     tokens: Tokens = None,
     stage: Stage = flags.StageKind.all,
     sequence: Sequence = 1024,
@@ -65,6 +83,7 @@ def distill(
     resume: ResumeFlag = Resume.never,
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
+    num_processes: Processes = None,
     output: flags.Output = None,
     as_json: flags.Json = False,
     overwrite: flags.Overwrite = False,
@@ -75,12 +94,14 @@ def distill(
     logits and merges it. The teacher is the same network with its mixers off. Writes DIR-distilled
     unless -o says otherwise.
     """
+    if num_processes is not None:
+        launch(num_processes)
     from linearize.distillation.run import distill as run
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            directory, data=data, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
+            directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
@@ -92,3 +113,17 @@ def distill(
     verbs = ("eval", "chat") if made.causal else ("inspect",)
     console.say("next     " + "\n         ".join(f"linearize {verb} {made.path}" for verb in verbs))
     console.data(found)
+
+
+def launch(processes: int) -> None:
+    """Become torchrun with so many processes of this command; nothing where they run already. UsageError if they are others."""
+    running = os.environ.get("WORLD_SIZE")
+    if running == str(processes):
+        return
+    if running is not None:
+        raise UsageError(
+            f"{running} processes were launched", f"--num-processes {processes}", f"--num-processes {running}, or none"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    os.execv(sys.executable, [*torchrun, "-m", "linearize", *sys.argv[1:]])

@@ -26,6 +26,7 @@ from linearize.conversion.saving import save
 from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS
 from linearize.devices import pick_device, pick_dtype
+from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import HubError, InputError, IntegrityError, UnsupportedError, UsageError
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
@@ -187,7 +188,7 @@ def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None)
 
     As long as the plan's model takes them and, where that is an encoder, framed by its special tokens.
     """
-    docs = text.documents(str(path) if path is not None else text.BUILTIN)
+    docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
     training, _ = text.split(docs)
     tokens = text.tokenise(tokenizer, training)
     limit = plan.max_positions if plan is not None and plan.max_positions else CALIBRATION_LENGTH
@@ -220,7 +221,7 @@ def convert(
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
     if calibration is not None:
-        text.documents(str(calibration))  # a bad file is said before the model is loaded
+        documents(str(calibration))  # a bad file is said before the model is loaded
     source = resolve(model, revision, trust_remote_code)
     plan = plan_for(source, method, layers, options or {}, start)
     target = output or Path(f"{source.name}-{file_name(method)}")

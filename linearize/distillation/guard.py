@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from linearize.errors import TrainingError
 
 IN_A_ROW = 3
+SKIPPED = "skipped"  # a folder of the run's
 KEPT_ROWS = 5  # files of skipped rows; a run that fails at every step must not fill the disk
 
 

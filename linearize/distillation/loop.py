@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from linearize.distillation.guard import IN_A_ROW, Guard, check_finite, drawn, worst_layer
+from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
 from linearize.distillation.metrics import append, forget_after, peak_memory, worst
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
 from linearize.errors import Interrupted, ResourceError, TrainingError
@@ -122,7 +122,7 @@ class Trainer:
         Steps whose loss is not finite are skipped; several in a row bring the last saved state back, at half the rate; when
         that happens again it is a TrainingError.
         """
-        self.guard = Guard(self.run / "skipped", self.name)
+        self.guard = Guard(self.run / SKIPPED, self.name)
         optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0)
         rates = [group["lr"] for group in optimizer.param_groups]
         step, began = self._resume(optimizer) if resume else 0, time.monotonic()
@@ -197,7 +197,8 @@ class Trainer:
         parameters = self.parameters()
         check_finite(parameters.items(), f"{self.name}, step {step}", self._kept())
         if self.accelerator.is_main_process:
-            facts = {**self.facts, "done": self.done, "rate": self.rate, "skipped": self.guard.skipped}
+            guard = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+            facts = {**self.facts, "done": self.done, "rate": self.rate, "losses": self.losses[:4], **guard}
             save_state(self.run, self.stage, step, parameters, optimizer, facts, self.saving.keep)
         self.accelerator.wait_for_everyone()
 
@@ -209,7 +210,8 @@ class Trainer:
         check_same(facts, self.facts)
         self.restore(parameters)
         load_optimizer(optimizer, moments)
-        self.rate, self.guard.skipped = float(facts["rate"]), int(facts["skipped"])
+        self.rate, self.losses = float(facts["rate"]), list(facts["losses"])
+        self.guard.skipped, self.guard.in_a_row = int(facts["skipped"]), int(facts["in_a_row"])
         if self.accelerator.is_main_process:
             forget_after(self.run, self.name, int(facts["step"]))
         return int(facts["step"])

@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from linearize import text
 from linearize.checkpoint import check_target
 from linearize.conversion.saving import save
 from linearize.distillation import lora
+from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
+from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import InputError, UnsupportedError, UsageError
+from linearize.evaluation.recall_rows import mixed
 from linearize.loading import load
 from linearize.methods.base import Stage
 from linearize.methods.layout import stages_of
 from linearize.modeling.spec import is_causal
-from linearize.opening import check
+from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -49,7 +53,8 @@ class Distilled:
 def distill(
     directory: Path,
     *,
-    data: str = text.BUILTIN,
+    data: str = BUILTIN,
+    recall: float = 0.0,
     tokens: int | None = None,
     stage: str = "all",
     output: Path | None = None,
@@ -66,6 +71,7 @@ def distill(
 ) -> Distilled:
     """Train the mixers (stage attention), then LoRA (stage lora), and write the merged checkpoint to `output`.
 
+    A share `recall` of the rows is synthetic: something is hidden in text and asked for at the end (a decoder's task).
     `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
@@ -73,9 +79,11 @@ def distill(
     if stage not in KINDS:
         raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
     plan = check(directory)["linearize"]
+    if recall:
+        need_decoder(plan, str(directory), "recall rows are")
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
-    training, _ = text.split(text.documents(data))
+    training, _ = text.split(documents(data, chat_of(AutoTokenizer.from_pretrained(directory))))
     accelerator = make_accelerator(device)
     model, tokenizer = load(directory, device=str(accelerator.device))
     chosen = stages_for(plan, stage, tokens)
@@ -83,11 +91,12 @@ def distill(
     sequence = min(sequence, plan.get("max_positions") or sequence)
     encoded = text.tokenise(tokenizer, training)
     rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
+    rows = mixed(rows, recall, tokenizer, encoded, seed)
     check_encoder(model, chosen, rows, str(directory))
     run = target.with_name(f"{target.name}.run")
     begin_run(accelerator, run, resume, overwrite)
-    facts = {"data": data, "seed": seed, "sequence": sequence, "batch": batch, "processes": accelerator.num_processes}
-    facts["dropout"] = [s.dropout for s in chosen]
+    facts = {"data": data, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
+    facts |= {"processes": accelerator.num_processes, "dropout": [s.dropout for s in chosen]}
     teller = progress if accelerator.is_main_process else silent
     found = train_stages(
         accelerator, model, chosen, rows, run, facts,
@@ -238,8 +247,17 @@ def finish(
     if accelerator.is_main_process:
         recipe = {"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
         save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=[run / "metrics.jsonl"])
-        shutil.rmtree(run, ignore_errors=True)
+        end_run(run)
     accelerator.wait_for_everyone()
+
+
+def end_run(run: Path) -> None:
+    """The checkpoint holds all that the run's folder did; rows whose loss was not finite stay to be looked at."""
+    for path in run.iterdir():
+        if path.name != SKIPPED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(run.iterdir()):
+        run.rmdir()
 
 
 __all__ = ["Distilled", "distill", "train_stages"]

@@ -16,8 +16,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from linearize.cli import run
 from linearize.conversion.convert import Converted, convert
 from linearize.distillation.run import distill
+from linearize.documents import documents
 from linearize.errors import UnsupportedError
-from linearize.text import documents, framed, tokenise
+from linearize.text import framed, tokenise
 
 SHORT: dict[str, Any] = {"sequence": 64, "tokens": 64 * 48}
 

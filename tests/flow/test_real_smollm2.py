@@ -17,11 +17,12 @@ from transformers import DynamicCache, GenerationConfig
 from linearize import convert_model
 from linearize.conversion.convert import calibration_ids, convert, load_source
 from linearize.conversion.sources import packaged_smollm2, resolve
+from linearize.documents import BUILTIN, documents
 from linearize.methods import get, make, names
 from linearize.modeling.modeling_linearized import attentions, replaced
 from linearize.testing.laws import deviation
 from linearize.testing.points import HEADLINE
-from linearize.text import BUILTIN, documents, split, tokenise
+from linearize.text import split, tokenise
 
 pytestmark = [
     pytest.mark.real,

@@ -1,0 +1,166 @@
+"""What distillation learns from: files of several formats, refused with their place when wrong; recall rows mixed in."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from cli.tiny import TEXT, tokenizer, write_model
+
+from linearize.conversion.convert import convert
+from linearize.distillation.loop import Schedule
+from linearize.distillation.run import distill
+from linearize.documents import chat_of, documents
+from linearize.errors import InputError, LinearizeError, ResourceError
+from linearize.evaluation.recall import DIGITS
+from linearize.evaluation.recall import pass_key as evaluated
+from linearize.evaluation.recall_rows import KEY_DIGITS, TASKS, mixed, recall_row
+from linearize.text import pack, split, tokenise
+
+TALK = [{"role": "user", "content": "How many ships?"}, {"role": "assistant", "content": "Seven."}]
+Write = Callable[[Path], object]
+
+
+def lines(*rows: object) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def parquet(path: Path, **columns: list[object]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_every_format_gives_its_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text(lines({"text": "two"}, {"messages": TALK, "id": 3}) + "\n\n")
+    parquet(tmp_path / "c.parquet", text=["four", "five"], other=[1, 2])
+    parquet(tmp_path / "d.parquet", messages=[TALK])
+    words = tokenizer()
+    talk = words.apply_chat_template(TALK, tokenize=False)
+    assert "<|start|>assistant" in talk
+    assert documents(str(tmp_path), chat_of(words)) == ["one", "two", talk, "four", "five", talk]
+    assert documents(str(tmp_path / "*.parquet"), chat_of(words)) == ["four", "five", talk]
+
+
+WRONG: list[tuple[str, Write, str]] = [
+    ("a.txt", lambda p: p.write_bytes(b"caf\xe9"), "not UTF-8 .byte 3.: .*a.txt"),
+    ("a.txt", lambda p: p.write_text(" \n"), "the text is empty"),
+    ("a.jsonl", lambda p: p.write_text(lines({"text": "a"}, {"body": "b"}, {"text": "c"})), "has body; expected.*a.jsonl:2"),
+    ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text": \n'), "not JSON.*a.jsonl:2"),
+    ("a.jsonl", lambda p: p.write_text(lines([1])), "has list; expected.*:1"),
+    ("a.jsonl", lambda p: p.write_text(lines({"messages": [{"role": "user"}]})), "need role and content: .*:1"),
+    ("a.jsonl", lambda p: p.write_text(lines({"messages": "hello"})), "need role and content: .*:1"),
+    ("a.parquet", lambda p: p.write_text("text"), "not a Parquet file: .*a.parquet"),
+    ("a.parquet", lambda p: parquet(p, body=["a"]), "has columns body; expected text or messages: .*a.parquet"),
+    ("a.parquet", lambda p: parquet(p, text=["a", None]), "has text; expected.*row 2"),
+    ("a.md", lambda p: p.with_suffix(".csv").write_text("a,b"), "no text found"),
+]
+
+
+@pytest.mark.parametrize("name, write, expected", WRONG, ids=[expected for *_, expected in WRONG])
+def test_what_cannot_be_read_is_said_with_its_place(name: str, write: Write, expected: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    with pytest.raises(LinearizeError, match=expected) as wrong:
+        documents(str(tmp_path / name), chat_of(tokenizer()))
+    assert wrong.value.code == 3
+    assert wrong.value.fix
+
+
+def test_a_conversation_needs_a_template(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines({"messages": TALK}))
+    words = tokenizer()
+    words.chat_template = None
+    with pytest.raises(InputError, match=r"no chat template: .*:1"):
+        documents(str(tmp_path / "a.jsonl"), chat_of(words))
+    words.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(InputError, match=r"refuses it: no system here: .*:1"):
+        documents(str(tmp_path / "a.jsonl"), chat_of(words))
+
+
+def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(tmp_path / "a.parquet", text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ResourceError) as missing:
+        documents(str(tmp_path / "a.parquet"))
+    assert "pip install" in missing.value.fix
+
+
+def test_copies_of_a_document_are_on_one_side() -> None:
+    docs = [f"document {i % 40}" for i in range(120)]
+    training, held_out = split(docs)
+    assert held_out
+    assert not set(training) & set(held_out)
+    assert len(training) + len(held_out) == 120
+
+
+# ---- recall ----
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[list[int]]:
+    return tokenise(tokenizer(), [TEXT[i : i + 200] for i in range(20)])
+
+
+def said(row: list[int]) -> str:
+    return str(tokenizer().decode(row))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_recall_row_asks_for_what_it_hides(task: str, encoded: list[list[int]]) -> None:
+    """The answer stands at the end and, word for word, once before; what it is differs from row to row."""
+    rows = [said(recall_row(task, tokenizer(), encoded, 400, str(seed))) for seed in range(8)]
+    answers = []
+    for row in rows:
+        body, question = row.rsplit("\n", 1)
+        answer = re.split(r" is called | is | was | again: ", question)[-1].rstrip(".")
+        assert answer in body, question
+        answers.append(answer)
+    assert len(set(answers)) > 4
+    for seed, length in enumerate((300, 401, 1024)):
+        assert len(recall_row(task, tokenizer(), encoded, length, str(seed))) == length
+    with pytest.raises(InputError, match="needs"):
+        recall_row(task, tokenizer(), encoded, 20, "0")
+
+
+def test_training_never_shows_a_key_of_the_evaluation(encoded: list[list[int]]) -> None:
+    assert DIGITS not in KEY_DIGITS
+    keys: set[str] = set()
+    for seed in range(20):
+        for task in ("pass-key", "key-value"):
+            keys |= set(re.findall(r"\d+", said(recall_row(task, tokenizer(), encoded, 400, str(seed)))))
+    asked = {key for seed in range(20) for key in re.findall(r"\d+", said(evaluated(tokenizer(), 400, 0.5, seed).ids))}
+    assert {len(key) for key in keys} == set(KEY_DIGITS)
+    assert {len(key) for key in asked} == {DIGITS}
+    assert not keys & asked
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+def test_recall_is_mixed_in_by_share(share: float, encoded: list[list[int]]) -> None:
+    """Every epoch has the share, in an order that depends on seed and epoch alone; a row is one text."""
+    rows = pack(encoded * 40, 256)
+    found = mixed(rows, share, tokenizer(), encoded, 7)
+    added = len(found) - len(rows)
+    assert added == pytest.approx(share * len(found), abs=1)
+    assert torch.equal(found.ids[: len(rows)], rows.ids)
+    assert all(torch.equal(positions, torch.arange(256)) for positions in found.positions[len(rows) :])
+    assert torch.equal(found.ids, mixed(rows, share, tokenizer(), encoded, 7).ids)
+    if added:
+        assert not torch.equal(found.ids, mixed(rows, share, tokenizer(), encoded, 8).ids)
+        epoch = [i for step in range(len(found)) for i in Schedule(found, 100, 0, 1, 0).indices(step)]
+        assert sorted(epoch) == list(range(len(found)))
+        halves = [sum(i >= len(rows) for i in part) for part in (epoch[: len(epoch) // 2], epoch[len(epoch) // 2 :])]
+        assert min(halves) > 0 or added < 4
+
+
+def test_distill_learns_from_conversations_and_recall(tmp_path: Path) -> None:
+    folder = convert(str(write_model(tmp_path / "tiny")), output=tmp_path / "linear", options={"window": 8}).path
+    (tmp_path / "talks.jsonl").write_text(lines(*({"messages": TALK, "n": i} for i in range(8)), {"text": TEXT}))
+    made = distill(folder, data=str(tmp_path / "talks.jsonl"), recall=0.3, stage="attention", sequence=256, tokens=1024)
+    recipe = json.loads((made.path / "recipe.json").read_text())
+    assert (recipe["recall"], recipe["data"]) == (0.3, str(tmp_path / "talks.jsonl"))
