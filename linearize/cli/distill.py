@@ -18,7 +18,7 @@ linearize distill smollm2-default
 linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
 linearize distill smollm2-default --stage attention --tokens 50k
 linearize distill smollm2-default --resume auto
-torchrun --nproc_per_node 2 -m linearize distill smollm2-default"""
+linearize distill smollm2-default --num-processes 2"""
 
 LEARN = "What it learns from"
 Data = Annotated[

@@ -17,10 +17,11 @@ from cli.tiny import TEXT, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from linearize.cli.distill import launch
 from linearize.conversion.convert import convert
 from linearize.distillation import loop
 from linearize.distillation.run import distill
-from linearize.errors import Interrupted
+from linearize.errors import Interrupted, UsageError
 from linearize.loading import load
 from linearize.methods import make, names
 from linearize.modeling.modeling_linearized import mode
@@ -30,6 +31,7 @@ from linearize.serving.session import Session
 from linearize.testing.points import HEADLINE
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 SHORT: dict[str, Any] = {"sequence": 64, "tokens": 64 * 24}
 
 
@@ -124,12 +126,13 @@ def test_resume_is_exact(stage: str, source: Path, text: Path, tmp_path: Path, m
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_processes_train_one_model(source: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [TORCHRUN, []], ids=["torchrun", "num-processes"])
+def test_two_processes_train_one_model(launched: list[str], source: Path, text: Path, tmp_path: Path) -> None:
     """Two processes of one row a step give the gradients, so the weights, of one process with two rows."""
     folder = converted(source, text, tmp_path, "default")
     one = distill(folder, data=str(text), output=tmp_path / "one", batch=2, **SHORT).path
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "linearize", "distill", str(folder),
+        sys.executable, *launched, "-m", "linearize", "distill", str(folder), "--num-processes", "2",
         "--data", str(text), "--sequence", "64", "--tokens", str(64 * 24), "-o", str(tmp_path / "two"), "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
@@ -139,6 +142,13 @@ def test_two_processes_train_one_model(source: Path, text: Path, tmp_path: Path)
     a, b = weights(one), weights(tmp_path / "two")
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-4, rtol=1e-3), name
+
+
+def test_another_number_of_processes_than_launched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    launch(3)
+    with pytest.raises(UsageError, match="3 processes were launched: --num-processes 2"):
+        launch(2)
 
 
 def test_evaluation_shows_every_row(source: Path, text: Path, tmp_path: Path) -> None:
