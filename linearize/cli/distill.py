@@ -59,6 +59,14 @@ Processes = Annotated[
 ]
 
 
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TRACKER", help="tensorboard, wandb, trackio, …; may be repeated.", rich_help_panel=flags.OUTPUT, show_default=False
+    ),
+]
+
+
 class Resume(str, Enum):
     """Whether an interrupted run goes on."""
 
@@ -84,6 +92,7 @@ def distill(
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
     num_processes: Processes = None,
+    report_to: ReportTo = None,
     output: flags.Output = None,
     as_json: flags.Json = False,
     overwrite: flags.Overwrite = False,
@@ -103,6 +112,7 @@ def distill(
         made = run(
             directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
+            report_to=report_to or (),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

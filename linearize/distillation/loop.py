@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor, nn
 
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
 from linearize.distillation.metrics import append, forget_after, peak_memory, worst
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
-from linearize.errors import Interrupted, ResourceError, TrainingError
+from linearize.errors import Interrupted, ResourceError, TrainingError, UsageError
 from linearize.progress import Progress
 from linearize.text import Packed
 
@@ -29,10 +30,14 @@ WARMUP = 0.05
 SAVE_EVERY_SECONDS = 300.0
 
 
-def make_accelerator(device: str) -> Accelerator:
-    """One process or many; ResourceError where a launcher's processes would each train alone."""
+def make_accelerator(device: str, report_to: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """One process or many, with trackers of those names writing to `folder`.
+
+    ResourceError where a launcher's processes would each train alone, and where a tracker is not installed.
+    """
+    check_trackers(report_to)
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=on_cpu, log_with=list(report_to) or None, project_dir=folder)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ResourceError(
@@ -40,6 +45,15 @@ def make_accelerator(device: str) -> Accelerator:
             "start it with: torchrun --nproc_per_node N -m linearize distill DIR",
         )  # fmt: skip
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Accelerate leaves out a tracker that is not installed; here it is a ResourceError."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UsageError(f"unknown tracker '{name}'", "--report-to", f"one of: {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in map(str, get_available_trackers()):
+            raise ResourceError(f"{name} is not installed", "--report-to", f"pip install {name}")
 
 
 @dataclass
@@ -114,6 +128,7 @@ class Trainer:
     deadline: float | None = None
     losses: list[float] = field(default_factory=list)
     stopped: int = 0
+    before: int = 0  # steps of the stages before, for trackers that know one count
     rate: float = 1.0  # of the schedule's: half of it after a roll-back
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -192,6 +207,8 @@ class Trainer:
             line = {"stage": self.name, "step": step, **told, "loss": loss, "rate": rate, "memory": memory, "skipped": skipped}
             seconds = round(time.monotonic() - began, 2)
             append(self.run, {**line, "seconds": seconds, "layers": {str(i): x for i, x in self.task.by_layer.items()}})
+            values = {f"{self.name}/{key}": x for key, x in line.items() if key not in ("stage", "step")}
+            self.accelerator.log(values, step=self.before + step)
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         parameters = self.parameters()

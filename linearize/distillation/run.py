@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ def distill(
     save_every: int | None = None,
     keep: int = 2,
     dropout: float | None = None,
+    report_to: Sequence[str] = (),
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -75,6 +76,8 @@ def distill(
     `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
+    `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
+    output; metrics.jsonl is written always.
     """
     if stage not in KINDS:
         raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
@@ -84,7 +87,8 @@ def distill(
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
     training, _ = text.split(documents(data, chat_of(AutoTokenizer.from_pretrained(directory))))
-    accelerator = make_accelerator(device)
+    run = target.with_name(f"{target.name}.run")
+    accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
     model, tokenizer = load(directory, device=str(accelerator.device))
     chosen = stages_for(plan, stage, tokens)
     chosen = [s if dropout is None else replace(s, dropout=dropout) for s in chosen]
@@ -93,16 +97,20 @@ def distill(
     rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
     rows = mixed(rows, recall, tokenizer, encoded, seed)
     check_encoder(model, chosen, rows, str(directory))
-    run = target.with_name(f"{target.name}.run")
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": data, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
     facts |= {"processes": accelerator.num_processes, "dropout": [s.dropout for s in chosen]}
+    if report_to:
+        told = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
+        accelerator.init_trackers(target.name, {"method": plan["method"], **told})
     teller = progress if accelerator.is_main_process else silent
     found = train_stages(
         accelerator, model, chosen, rows, run, facts,
         batch=batch, seed=seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
     )  # fmt: skip
     finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
+    if report_to:
+        accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
 
 
@@ -211,7 +219,7 @@ def train_stage(
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
         parameters=lambda: {name.removeprefix("base_model.model."): p.data for name, p in every.items()},
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
-        named=every, task=_task(accelerator, model, stage, rows.mask_token),
+        before=sum(int(report["steps"]) for report in done), named=every, task=_task(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
         facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", saving=saving, deadline=deadline,
     )  # fmt: skip

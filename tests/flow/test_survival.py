@@ -23,7 +23,7 @@ from linearize.conversion.convert import convert
 from linearize.distillation import loop, stages
 from linearize.distillation.run import distill
 from linearize.distillation.state import states
-from linearize.errors import InputError, TrainingError
+from linearize.errors import InputError, ResourceError, TrainingError, UsageError
 
 LENGTH, STEPS = 32, 40
 HERE = Path(__file__).parent
@@ -208,3 +208,24 @@ def test_a_stopped_run_prints_the_command_that_goes_on(
     assert fix.endswith("-o '" + str(tmp_path / "a b") + "' --resume auto")
     assert command([*given, "--resume", "auto"]) == 0
     assert command([*given, "--resume", "auto", "--overwrite"]) == 0, "auto begins anew where there is nothing to go on with"
+
+
+def test_a_tracker_is_told_every_step(folder: Path, text: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given: dict[str, Any] = {"data": str(text), "sequence": LENGTH, "tokens": LENGTH * 4, "report_to": ["tensorboard"]}
+    made = distill(folder, output=tmp_path / "out", **given)
+    seen = EventAccumulator(str(next((tmp_path / "out.logs").rglob("events.*")).parent)).Reload()
+    for stage, first in (("attention", 1), ("lora", 5)):
+        own = [line["loss"] for line in lines(made.path) if line["stage"] == stage]
+        assert [event.step for event in seen.Scalars(f"{stage}/loss")] == list(range(first, first + 4))
+        assert [event.value for event in seen.Scalars(f"{stage}/loss")] == pytest.approx(own)
+
+
+def test_a_tracker_that_is_missing_is_no_silence(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "get_available_trackers", list)
+    with pytest.raises(ResourceError, match="wandb is not installed") as missing:
+        transfer(folder, text, tmp_path / "out", report_to=["wandb"])
+    assert missing.value.fix == "pip install wandb"
+    with pytest.raises(UsageError, match="unknown tracker 'wand'"):
+        transfer(folder, text, tmp_path / "out", report_to=["wand"])
