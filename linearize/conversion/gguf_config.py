@@ -15,6 +15,7 @@ KEYS = {
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
     "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 
 

