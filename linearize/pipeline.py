@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,13 @@ from linearize.distillation.run import SEQUENCE, begin_run, finish, stages_for, 
 from linearize.distillation.stages import AttentionTransfer
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import Interrupted, ResourceError
+from linearize.evaluation.card import update_card
 from linearize.evaluation.fidelity import LENGTH, Evaluation, Parts, evaluate_model, held_out_rows, teacher_of
 from linearize.evaluation.harness import harness, need_harness
+from linearize.evaluation.plots import need_plots
 from linearize.evaluation.reading import Variant
 from linearize.evaluation.recall import Grid
+from linearize.evaluation.report import MEASURED, REPORT, Entry, as_json, measured_before, render, weights_of, write_atomically
 from linearize.evaluation.speed import LENGTHS
 from linearize.evaluation.texts import Texts, read_texts
 from linearize.loading import load
@@ -97,6 +101,29 @@ def evaluate(
         return found
     both = {"student": Variant("student", model)} | ({} if host is None else {"teacher": teacher_of(host)})
     return replace(found, tasks=harness(both, tokenizer, tasks, limit=limit, folder=task_folder, seed=seed, progress=progress))
+
+
+def report(
+    directories: Sequence[Path], *, output: Path | None = None, again: bool = True, progress: Progress = silent, **settings: Any
+) -> dict[str, Any]:
+    """Measure checkpoints (see `evaluate` for the settings), and write page, model cards and evaluation.json into each.
+
+    Not `again`: figures that were measured on these very weights before are used once more. Everything is checked, and
+    matplotlib asked for, before anything is measured. Returns where the page and the cards are, and the evaluations.
+    """
+    need_plots()
+    plans = [check(directory)["linearize"] for directory in directories]
+    entries, cards = [], []
+    for directory, plan in zip(directories, plans, strict=True):
+        found = None if again else measured_before(directory)
+        if found is None:
+            found = as_json(evaluate(directory, progress=progress, **settings).to_dict())
+            found["weights"] = weights_of(directory)
+            write_atomically(directory / MEASURED, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            cards.append(str(update_card(directory, found, plan["source"]["id"])))
+        entries.append(Entry.of(directory, found))
+    page = write_atomically(output or directories[0] / REPORT, render(entries))
+    return {"page": str(page), "cards": cards, "evaluations": [entry.found for entry in entries]}
 
 
 def limit_of(config: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, methods
+from linearize.cli import report as reporting
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
 from linearize.errors import Interrupted
@@ -41,6 +42,7 @@ def build() -> typer.Typer:
     add("convert", MAKE, convert.convert, convert.EXAMPLES)
     add("distill", MAKE, distill.distill, distill.EXAMPLES)
     add("eval", MEASURE, eval.evaluate, eval.EXAMPLES)
+    add("report", MEASURE, reporting.report, reporting.EXAMPLES)
     add("inspect", MEASURE, inspect.inspect, inspect.EXAMPLES)
     add("architectures", MEASURE, architectures.architectures, architectures.EXAMPLES)
     add("methods", MEASURE, methods.methods, methods.EXAMPLES)

@@ -60,7 +60,7 @@ def evaluate(
     teacher: Teacher = None,
     recall: Recall = True,
     recall_tasks: RecallTasks = None,
-    recall_lengths: RecallLengths = "1024,2048",
+    recall_lengths: RecallLengths = "512,1024",
     recall_depths: Depths = "0.25,0.75",
     recall_samples: RecallSamples = 1,
     speed: Speed = True,

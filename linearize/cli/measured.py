@@ -16,13 +16,13 @@ def evaluation(console: Console, found: Mapping[str, Any]) -> None:
     documents = f" of {found['documents']} documents" if found.get("documents") else ""
     console.facts([("model", model), ("text", text + documents)])
     console.say()
-    console.table(
-        (Column("model"), *(Column(title, True) for title in ("perplexity", "ratio", "± 95%", "top-1", "KL", "state"))),
-        [
-            (r["name"], figure(r["perplexity"]), figure(r["ratio"], 3), spread(r.get("ratio_interval")), *fidelity(r))
-            for r in found["rows"]
-        ],
-    )
+    between = ("ratio 95%",) if any(r.get("ratio_interval") for r in found["rows"]) else ()
+    rows = []
+    for r in found["rows"]:
+        interval = [spread(r.get("ratio_interval")) for _ in between]
+        rows.append((r["name"], figure(r["perplexity"]), figure(r["ratio"], 3), *interval, *fidelity(r)))
+    columns = ("perplexity", "ratio", *between, "top-1", "KL", "state")
+    console.table((Column("model"), *(Column(title, True) for title in columns)), rows)
     if any(len(row["buckets"]) > 1 for row in found.get("positions") or ()):
         positions(console, found["positions"])
     if any(layer.get("relative_error") is not None for layer in found.get("layers") or ()):

@@ -39,7 +39,7 @@ class Grid:
     """What is asked: tasks, lengths in tokens, depths of the last hidden piece (0 the start, 1 three windows before the end)."""
 
     tasks: tuple[str, ...] = TASKS
-    lengths: tuple[int, ...] = (1024, 2048)
+    lengths: tuple[int, ...] = (512, 1024)
     depths: tuple[float, ...] = (0.25, 0.75)
     samples: int = 1
     seed: int = 0

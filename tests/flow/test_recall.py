@@ -99,7 +99,7 @@ def test_training_never_shows_what_the_evaluation_asks_for() -> None:
     for tasks, words in ((TAUGHT, LEARNT), (TASKS, ASKED)):
         drawn = [FORMS[task](Writer(tokenizer(), str(seed), words)) for task in tasks for seed in range(20)]
         numbers.append({n for x in drawn for n in re.findall(r"(?<!-)\b\d+\b(?!-)", x.question + "".join(x.hidden))})
-    assert min(map(len, numbers)) > 100
+    assert min(map(len, numbers)) > 50
     assert not numbers[0] & numbers[1]
     assert "chain" not in TAUGHT  # whose people and places are the same for all
 
