@@ -126,6 +126,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         need_plots()
 
 
+@pytest.mark.exhaustive
 def test_a_task_of_ones_own(cli: Cli, folder: Path, text: Path, tmp_path: Path) -> None:
     """lm-evaluation-harness on a file, without a hub: accuracy is that of our own likelihoods, letters add up to the examples."""
     pytest.importorskip("lm_eval")
