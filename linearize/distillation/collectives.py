@@ -45,8 +45,8 @@ class _FromLeft(torch.autograd.Function):
 
 def _shift(tensors: list[Tensor], group: dist.ProcessGroup, step: int) -> list[Tensor]:
     """What the process `step` before this one sends; zeros where there is none."""
-    rank, sent, received = group.rank(), [x.contiguous() for x in tensors], [torch.zeros_like(x) for x in tensors]
-    received = [x.contiguous() for x in received]
+    rank, sent = group.rank(), [x.contiguous() for x in tensors]
+    received = [torch.zeros_like(x) for x in sent]
     calls = []
     for own, other in zip(sent, received, strict=True):
         if 0 <= rank + step < group.size():
@@ -63,11 +63,11 @@ def gather(tensors: list[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]
 
     Backward: each process gets the sum of what all processes make of its part.
     """
-    flat: Tensor = _Gather.apply(torch.cat([x.flatten() for x in tensors]), group)
+    flat: Tensor = _Gather.apply(torch.cat([x.flatten() for x in tensors]), group)  # type: ignore[no-untyped-call]
     sizes = [x.numel() for x in tensors]
     return [[piece.view_as(x) for piece, x in zip(own.split(sizes), tensors, strict=True)] for own in flat.unbind(0)]
 
 
 def from_left(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """The `tensors` of the process one rank below, zeros in the first; gradients go back the same way."""
-    return list(_FromLeft.apply(group, *tensors))
+    return list(_FromLeft.apply(group, *tensors))  # type: ignore[no-untyped-call]

@@ -87,7 +87,7 @@ def mix(mixer: Mixer, inputs: Inputs, part: Part) -> Tensor:
 
 def in_rows(inputs: Inputs, rows: Rows) -> Inputs:
     """Each document of the part as a row of its own, with pads behind; two tokens at least, since one would be a step."""
-    batch, time = rows.row.shape
+    batch = rows.row.shape[0]
     pieces: dict[str, Any] = {}
     for name in (*BY_HEAD, *BY_TOKEN):
         x = getattr(inputs, name)

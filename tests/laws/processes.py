@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,6 @@ def _run(rank: int, world: int, folder: str, work: Callable[..., Any], arguments
 def together(world: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(*arguments)`, a function of a module, returns in each of `world` processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.spawn(_run, (world, str(folder), work, arguments), nprocs=world)
+    # forked, since importing torch and transformers anew would take each of them longer than most tests
+    multiprocessing.start_processes(_run, (world, str(folder), work, arguments), nprocs=world, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

@@ -12,6 +12,7 @@ from processes import together
 from torch import Tensor
 from torch import distributed as dist
 
+from linearize.distillation.sequence_memory import Summary, gathering
 from linearize.distillation.sequence_mixer import Part, mix, refusal, shortest
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.spec import MixerSpec
@@ -71,11 +72,11 @@ def cuts_for(spec: MixerSpec, parts: int) -> list[int]:
 DOCUMENTS = [[3, 4, 11, 31], [19, 33, 40]]
 
 
-def every_point() -> dict[str, dict[str, float]]:
-    """All points in four processes; in two as well, and with packed documents, each in its share of the points."""
+def every_point(step: int) -> dict[str, dict[str, float]]:
+    """Every `step`-th point in four processes, whole and as packed documents; a third of them in two."""
     four, two = dist.new_group([0, 1, 2, 3]), dist.new_group([0, 1])
     found = {}
-    for number, (name, spec) in enumerate(SPLIT.items()):
+    for number, (name, spec) in list(enumerate(SPLIT.items()))[::step]:
         run = partial(whole_and_parts, spec, KV_HEADS[name])
         cuts = cuts_for(spec, 4)
         found[f"{name} in 4"] = run(cuts, four)
@@ -86,16 +87,68 @@ def every_point() -> dict[str, dict[str, float]]:
     return found
 
 
-def test_every_point_is_equal_or_refused(tmp_path: Any) -> None:
+def check(folder: Any, step: int) -> None:
     wrong = []
-    for rank, found in enumerate(together(4, tmp_path, every_point)):
-        assert len(found) > 2 * len(SPLIT) - 1
+    for rank, found in enumerate(together(4, folder, every_point, step)):
+        assert len(found) >= 2 * (len(SPLIT) // step)
         for name, errors in found.items():
             wrong += [f"{name}, process {rank}, {what}: {e:.1e}" for what, e in errors.items() if not e <= EXACT[torch.float64]]
     assert not wrong, "\n".join(wrong[:40])
 
 
-def test_which_points_are_refused() -> None:
-    """Slots and encoders, and nothing else."""
+def test_points_in_processes(tmp_path: Any) -> None:
+    check(tmp_path, 4)
+
+
+@pytest.mark.exhaustive
+def test_every_point_in_processes(tmp_path: Any) -> None:
+    check(tmp_path, 1)
+
+
+LONG = ("default", "lawcat", "gla", "gateloop", "gsa", "gated-deltanet", "deltaproduct", "rwkv7", "mom")
+
+
+def long_texts() -> dict[str, dict[str, float]]:
+    group = dist.new_group([0, 1, 2, 3])
+    return {name: whole_and_parts(SPLIT[name], 2, [0, 4096, 8192, 12288, 16384], group) for name in LONG}
+
+
+@pytest.mark.exhaustive
+def test_16k_tokens_in_4_processes(tmp_path: Any) -> None:
+    for found in together(4, tmp_path, long_texts):
+        assert len(found) == len(LONG)
+        for name, errors in found.items():
+            assert max(errors.values()) <= EXACT[torch.float64], (name, errors)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_is_gathered_does_not_grow_with_the_text(name: str) -> None:
+    sizes = []
+    for time in (16, 256):
+        mixer, seen = random_mixer(SPLIT[name]), []
+
+        def keep(mine: Summary, seen: list[Any] = seen) -> Tensor:
+            seen.append([x.shape for x in mine])
+            return torch.zeros_like(mine[1])
+
+        mixer.engine = (gathering(mixer.spec, mixer.engine[0], keep), None)
+        mixer(random_inputs(tiny_shape(), time))
+        sizes.append(seen)
+    assert len(sizes[0]) == 1, "one gather"
+    assert sizes[0] == sizes[1]
+
+
+def test_what_is_refused() -> None:
+    """Slots and encoders, and no other point; parts that the window reaches over; pads."""
     for name, spec in EVERY.items():
         assert (refusal(spec) is not None) == bool(spec.slots or not spec.causal), name
+    mixer, inputs = random_mixer(SPLIT["default"]), random_inputs(tiny_shape(), 9)
+    nobody = Part(None, torch.zeros(2, dtype=torch.long))  # refused before anything is sent
+    with pytest.raises(ValueError, match="part of 3 tokens is shorter than the 4"):
+        mix(mixer, inputs.first(3), nobody)
+    with pytest.raises(ValueError, match="pads"):
+        mix(mixer, replace(inputs, mask=torch.arange(9).expand(2, 9) > 0), nobody)
+    with pytest.raises(ValueError, match="given away in order"):
+        mix(random_mixer(next(s for s in EVERY.values() if s.slots and not s.scores_recall)), inputs, nobody)
+    with pytest.raises(ValueError, match="reads the memory as it was"):
+        mix(random_mixer(next(s for s in EVERY.values() if s.scores_recall)), inputs, nobody)
