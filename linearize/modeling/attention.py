@@ -54,6 +54,8 @@ class LinearizedAttention(nn.Module):
         call = kwargs.pop("linearize_call", self.linearize_call)
         if self.linearize_mode == "teacher":
             return super().forward(*args, **kwargs)
+        if self.linearize_cache and "cache" in kwargs:
+            raise ValueError("this transformers calls the cache 'cache', which is not known here: pip install 'transformers<5.24'")
         cache = kwargs.pop(self.linearize_cache, None)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         rope = kwargs.get("position_embeddings")

@@ -166,7 +166,8 @@ class LinearizedDecoderMixin(LinearizedModelMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Without what a family adds: phi3 drops its cache where its RoPE switches tables, and a state cannot be made again."""
-        return GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)  # type: ignore[arg-type]
+        plain: Any = GenerationMixin.prepare_inputs_for_generation
+        return plain(self, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

@@ -170,6 +170,14 @@ def test_crop_of_the_recorded_call(spec: MixerSpec, kv_heads: int) -> None:
         assert_close(found, expected, FP64, f"after a crop to {kept}")
 
 
+def test_a_cache_by_another_name_is_refused() -> None:
+    """A version of transformers that renames the keyword would leave the mixer without its state, and say nothing."""
+    model = model_of(*next(iter(POINTS.values())))
+    angles = torch.ones(1, TIME, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="calls the cache 'cache'"):
+        attentions(model)[0](torch.zeros(1, TIME, 32, dtype=torch.float64), (angles, angles), None, cache=DynamicCache())
+
+
 def test_crop_is_refused_where_nothing_was_recorded() -> None:
     model, filled = model_of(*next(iter(POINTS.values()))), DynamicCache()
     filled.crop(-3)  # nothing there, nothing to forget
