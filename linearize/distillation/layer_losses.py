@@ -71,8 +71,8 @@ def relative_mse(call: LayerCall) -> Tensor:
 
 def mse(call: LayerCall) -> Tensor:
     """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
-    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean()
-    return 1000 * error if call.weight is None else 1000 * error / call.weight.mean()
+    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean((1, 2, 3))
+    return 1000 * (error if call.weight is None else error / call.weight.mean(1)).mean()
 
 
 def weights(call: LayerCall) -> Tensor:
@@ -115,24 +115,23 @@ def mass(call: LayerCall) -> Tensor:
     """KL(p || p') of the share of attention that lies on near and on far tokens, a mean over heads and tokens.
 
     p = 1 - near mass / whole mass is the teacher's, p' = sigma(log far mass - log near mass) the student's; both have the near
-    half in common, since it is exact. ValueError for a mixer that has no such share.
+    half in common, since it is exact. A mixer must have such a share: see `weighs_mass`.
     """
     mixer, halves = call.mixer, call.halves
-    if not weighs_mass(mixer.spec) or mixer.far_mass is None or halves.near is None or halves.mass is None:
-        raise ValueError("the loss 'mass' needs a mixer with a window and a memory that share one denominator")
+    odds = mixer.far_odds(halves)
+    assert halves.near is not None
     near = halves.near.top + halves.near.denominator.log()
     with torch.no_grad():
         own = replace(call.inputs, q=call.in_rows(call.inputs.q), k=call.in_rows(call.inputs.k))
         every = Calibration(own, call.target).log_mass()
         share = -torch.expm1((near - every).clamp(max=0.0))
         entropy = torch.special.entr(share) + torch.special.entr(1 - share)
-    filled = halves.mass > 0
-    odds = mixer.far_mass(halves.stream.far_q, halves.near.top) + torch.where(filled, halves.mass, 1.0).log() - near
-    gap = F.binary_cross_entropy_with_logits(odds, share.to(odds.dtype), reduction="none") - entropy
+    filled = odds > -torch.inf
+    gap = F.binary_cross_entropy_with_logits(odds.where(filled, 0.0), share.to(odds.dtype), reduction="none") - entropy
     gap = torch.where(filled, gap, 0.0)
     counted = torch.ones_like(call.target[..., 0, 0], dtype=gap.dtype) if call.weight is None else call.weight.to(gap.dtype)
     gap = gap if call.rows is None else call.rows.scatter(gap[..., None])[..., 0]
-    return (gap * counted[:, None]).sum() / (counted.sum() * gap.shape[1]).clamp(min=1e-12)
+    return ((gap * counted[:, None]).sum((1, 2)) / (counted.sum(1) * gap.shape[1]).clamp(min=1e-12)).mean()
 
 
 LAYER_LOSSES: dict[str, LayerLoss] = {"relative_mse": relative_mse, "mse": mse, "weights": weights, "mass": mass}

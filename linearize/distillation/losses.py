@@ -41,4 +41,4 @@ def check_losses(stages: Iterable[Stage], layers: Iterable[Mapping[str, Any]]) -
             for module, spec in mixers:
                 if not weighs_mass(spec):
                     what = "the loss 'mass' needs a window and a memory that share one denominator"
-                    raise UsageError(what, module, "another loss, or convert with --set merge=denominator")
+                    raise UsageError(what, module, "another loss; of the methods, default and lolcats have such a mixer")

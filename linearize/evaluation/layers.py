@@ -57,10 +57,7 @@ def far_share(mixer: Mixer, halves: Halves) -> Tensor | None:
     if near is None or far is None:
         return None
     if spec.merge == "denominator":
-        assert halves.mass is not None
-        factor = mixer.far_mass(halves.stream.far_q, near.top) if mixer.far_mass is not None else torch.zeros_like(near.top)
-        mass = factor + halves.mass.clamp(min=0).log()
-        return torch.sigmoid(mass - near.top - near.denominator.log())
+        return torch.sigmoid(mixer.far_odds(halves))
     zero, one = torch.zeros_like(far), torch.ones_like(far)  # a sum or a gate: what it makes of a half that is all ones
     ones, zeros = (Part(x * near.denominator[..., None], near.denominator, near.top) for x in (one, zero))
     of_near, of_far = (mixer.combine(Halves(n, f, None, halves.stream)).mean(-1) for n, f in ((ones, zero), (zeros, one)))

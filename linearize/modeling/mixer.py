@@ -255,6 +255,15 @@ class Mixer(Leaving):
 
     # ---- merge ----
 
+    def far_odds(self, halves: Halves) -> Tensor:
+        """Log of the far half's weight over the near half's in one softmax (B, H, T); -inf where the memory is empty."""
+        near, mass = halves.near, halves.mass
+        if self.far_mass is None or near is None or mass is None:
+            raise ValueError("this mixer's halves do not share one softmax")
+        weight = self.far_mass(halves.stream.far_q, near.top) + torch.where(mass > 0, mass, 1.0).log()
+        odds: Tensor = weight - near.top - near.denominator.log()
+        return odds.where(mass > 0, -torch.inf)
+
     def halves(self, inputs: Inputs, rows: Rows | None = None) -> Halves:
         """Both halves from the first token, of these rows or of full ones, for whoever fits one to the other."""
         with torch.autocast(inputs.q.device.type, enabled=False):

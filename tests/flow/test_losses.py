@@ -18,6 +18,7 @@ from linearize.distillation.stages import AttentionTransfer, drawn_window, narro
 from linearize.errors import UsageError
 from linearize.methods import make
 from linearize.methods.base import Stage
+from linearize.methods.calibration import Calibration
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import Shape
@@ -67,7 +68,7 @@ def position(inputs: Inputs) -> Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "score", [Scores(0.5), Scores(0.5, softcap=2.0), Scores(0.5, null=torch.tensor([0.3, -1, 2, 0]))], ids=repr
+    "options", [{}, {"softcap": 2.0}, {"null": torch.tensor([0.3, -1, 2, 0])}], ids=["plain", "softcap", "null"]
 )
 def test_mass_is_the_divergence_of_near_and_far_shares(packed: bool, options: dict[str, Any]) -> None:
     """Against the shares that the mixer's own output shows for values of 1 at near tokens and 0 at far ones."""
@@ -204,8 +205,8 @@ def test_a_stage_adds_its_losses_up() -> None:
         model.zero_grad()
     (first, one), (second, other), (both, sum_) = losses.values()
     assert torch.allclose(both, 0.5 * first + 3 * second, rtol=1e-5)
-    if one.shape == other.shape == sum_.shape:
-        assert torch.allclose(sum_, 0.5 * one + 3 * other, rtol=1e-3, atol=1e-6)
+    assert one.shape == other.shape == sum_.shape
+    assert torch.allclose(sum_, 0.5 * one + 3 * other, rtol=1e-3, atol=1e-6)
 
 
 def test_observed_calls_have_what_the_losses_need() -> None:
@@ -227,3 +228,26 @@ def test_observed_calls_have_what_the_losses_need() -> None:
         seen.append(float(loss))
     assert math.isfinite(seen[0])
     assert seen[-1] < seen[0]
+
+
+@pytest.mark.parametrize("name", ["relative_mse", "mse", "mass"])
+def test_a_batch_is_the_mean_of_its_rows(name: str) -> None:
+    """With weights that differ from row to row too: so N processes average to the loss of one with all rows."""
+    mixer, inputs, target = mixer_and_inputs(False)
+    target, loss = target.transpose(1, 2), LAYER_LOSSES[name]
+    weight = torch.stack([torch.ones(TIME), (torch.arange(TIME) >= 20) * 3.0]).double()
+    with torch.no_grad():
+        both = loss(LayerCall(mixer, inputs, target, weight))
+        parts = []
+        for row in (slice(0, 1), slice(1, 2)):
+            own = replace(inputs, q=inputs.q[row], k=inputs.k[row], v=inputs.v[row])
+            parts.append(loss(LayerCall(mixer, own, target[row], weight[row])))
+    assert float(both) == pytest.approx(float(sum(parts)) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding": 5}, {"null": torch.tensor([0.3, -1, 2, 0])}], ids=["plain", "sliding", "null"])
+def test_the_mass_of_the_teacher_is_that_of_what_it_sees(options: dict[str, Any]) -> None:
+    _, inputs, target = mixer_and_inputs(False, Scores(0.5, **options))
+    scores = inputs.score(inputs.q, inputs.k.repeat_interleave(2, 1))
+    expected = scores.diagonal(dim1=2, dim2=3) - teacher_weights(inputs).diagonal(dim1=2, dim2=3).log()
+    assert torch.allclose(Calibration(inputs, target.transpose(1, 2)).log_mass(), expected, rtol=1e-9)
