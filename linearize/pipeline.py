@@ -23,7 +23,7 @@ from linearize.distillation.loop import make_accelerator
 from linearize.distillation.run import begin_run, finish, stages_for, train_stages
 from linearize.distillation.stages import AttentionTransfer
 from linearize.documents import BUILTIN, chat_of, documents
-from linearize.errors import Interrupted, ResourceError
+from linearize.errors import Interrupted, ResourceError, UsageError
 from linearize.evaluation.card import update_card
 from linearize.evaluation.fidelity import LENGTH, Evaluation, Parts, evaluate_model, held_out_rows, teacher_of
 from linearize.evaluation.harness import harness, need_harness
@@ -46,6 +46,7 @@ DEMO_PROMPT = "Name three things that a good short story needs."
 DEMO_ANSWER = Settings(max_tokens=40)
 MIN_TRANSFER_TOKENS = 30 * SEQUENCE
 EVALUATION_ROWS = 2
+ALIKE = ("data", "tokens", "length", "seed")  # what figures that are laid side by side must have in common
 TOKENS, LONGEST = 16_384, 8192  # of an evaluation, and of one row in it
 RESERVE_STEPS = 20  # evaluation and chat take about as long as this many transfer steps
 LORA_STEP_COST = 2.5  # of a transfer step
@@ -109,22 +110,35 @@ def report(
 ) -> dict[str, Any]:
     """Measure checkpoints (see `evaluate` for the settings), and write page, model cards and evaluation.json into each.
 
-    Not `again`: figures that were measured on these very weights before are used once more. Everything is checked, and
-    matplotlib asked for, before anything is measured. Returns where the page and the cards are, and the evaluations.
+    Not `again`: figures that were measured on these very weights before are used once more; UsageError where they are of another
+    text than the rest. Everything is checked, and matplotlib asked for, before anything is measured. Returns where the page and
+    the cards are, and the evaluations.
     """
     need_plots()
     plans = [check(directory)["linearize"] for directory in directories]
+    asked = {key: settings.get(key) for key in ALIKE}
+    before = [None if again else measured_before(directory) for directory in directories]
+    check_alike(directories, [asked if found is None else found["asked"] for found in before])
     entries, cards = [], []
-    for directory, plan in zip(directories, plans, strict=True):
-        found = None if again else measured_before(directory)
+    for directory, plan, earlier in zip(directories, plans, before, strict=True):
+        found = earlier
         if found is None:
             found = as_json(evaluate(directory, progress=progress, **settings).to_dict())
-            found["weights"] = weights_of(directory)
+            found |= {"weights": weights_of(directory), "asked": asked}
             write_atomically(directory / MEASURED, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             cards.append(str(update_card(directory, found, plan["source"]["id"])))
         entries.append(Entry.of(directory, found))
     page = write_atomically(output or directories[0] / REPORT, render(entries))
     return {"page": str(page), "cards": cards, "evaluations": [entry.found for entry in entries]}
+
+
+def check_alike(directories: Sequence[Path], asked: Sequence[dict[str, Any]]) -> None:
+    """UsageError where figures of different texts would stand side by side."""
+    for directory, own in zip(directories, asked, strict=True):
+        if own != asked[0]:
+            told, other = (" ".join(f"--{key} {x}" for key, x in each.items() if x is not None) for each in (own, asked[0]))
+            what = f"measured with {told or 'the defaults'}, {directories[0]} with {other or 'the defaults'}"
+            raise UsageError(what, str(directory), "the same flags for all, or linearize report it again")
 
 
 def limit_of(config: Any) -> int:

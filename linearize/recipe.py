@@ -1,11 +1,11 @@
-"""Recipes: which model becomes what and how it learns, in YAML; strict keys, and `stages.lora.rank=4` over any of them."""
+"""Recipes: what a checkpoint learns from what, in YAML; strict keys, and `stages.lora.rank=4` over any of them."""
 
 from __future__ import annotations
 
 import copy
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from linearize.documents import BUILTIN
 from linearize.errors import InputError, UsageError
 from linearize.methods import DEFAULT
-from linearize.methods.base import CALIBRATED, KINDS, LONG, LONG_STAGE, LORA, STARTS, Stage
+from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, LORA, Stage
 from linearize.methods.layout import stages_of
 
 SEQUENCE, SHORTEST = 1024, 8
@@ -28,28 +28,15 @@ BOUNDS: dict[str, Bound] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One result, whole. `stages` are given by kind, each over the method's own stage of that kind."""
+    """What a checkpoint of a method learns. `stages` are given by kind, each over the method's own stage of that kind."""
 
-    model: str = "smollm2"
     method: str = DEFAULT
-    start: str = CALIBRATED
-    layers: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = (BUILTIN,)
     recall: float = 0.0
     sequence: int = SEQUENCE
     batch: int = 1
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `recipe_of` reads, nothing left to defaults."""
-        found = {**asdict(self), "data": list(self.data), "stages": {stage.kind: _plain(stage) for stage in self.stages}}
-        return {key: value for key, value in found.items() if value is not None}
-
-
-def _plain(stage: Stage) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(stage).items() if key != "kind"}
 
 
 def count(text: str | int | float) -> int:
@@ -74,9 +61,9 @@ def read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError("not YAML", where, "write it as the files in recipes/ are") from None
+        raise InputError("not YAML", where, "write it as in: stages: {lora: {rank: 4}}") from None
     if not isinstance(raw, dict):
-        raise InputError("not a recipe", str(path), "write it as the files in recipes/ are: key: value")
+        raise InputError("not a recipe", str(path), "write it as in: stages: {lora: {rank: 4}}")
     return raw
 
 
@@ -90,7 +77,8 @@ def recipe_of(
     given = copy.deepcopy(dict(raw or {}))
     said = given.setdefault("method", method or DEFAULT)
     if method is not None and said != method:
-        raise InputError(f"the recipe is for method {said}, the checkpoint's is {method}", where, f"linearize run {where}")
+        fix = f"linearize convert MODEL --method {said}"
+        raise InputError(f"the recipe is for method {said}, the checkpoint's is {method}", where, fix)
     own = {stage.kind: stage for stage in stages_of(str(said))}
     if given.get("stages") is None:
         given["stages"] = {kind: {} for kind in own}
@@ -121,13 +109,8 @@ def _set(given: dict[str, Any], pair: str) -> None:
 
 
 def _typed(given: Mapping[str, Any], own: Mapping[str, Stage], where: str) -> Recipe:
-    values = _fields(Recipe, {key: x for key, x in given.items() if key not in ("stages", "options")}, where, ("stages", "options"))
-    if values.get("start", CALIBRATED) not in STARTS:
-        raise InputError(f"start must be one of {', '.join(STARTS)}, got '{values['start']}'", where, "start: calibrated")
-    options = given.get("options") or {}
-    if not isinstance(options, Mapping):
-        raise InputError("options must have keys of their own", where, "options: {window: 64}")
-    return Recipe(**values, options=dict(options), stages=_stages(given["stages"], own, where))
+    values = _fields(Recipe, {key: x for key, x in given.items() if key != "stages"}, where, ("stages",))
+    return Recipe(**values, stages=_stages(given["stages"], own, where))
 
 
 def _stages(given: Any, own: Mapping[str, Stage], where: str) -> tuple[Stage, ...]:
@@ -137,7 +120,7 @@ def _stages(given: Any, own: Mapping[str, Stage], where: str) -> tuple[Stage, ..
     for kind, said in given.items():
         if kind not in KINDS:
             raise _unknown(str(kind), KINDS, f"{where}: stages", "stage")
-        base = own.get(kind) or (LONG_STAGE if kind == LONG else Stage(kind, 1_000_000, 1e-2 if kind not in (LORA, LONG) else 1e-4))
+        base = own.get(kind) or (LONG_STAGE if kind == LONG else Stage(kind, 1_000_000, 1e-2 if kind == ATTENTION else 1e-4))
         if not isinstance(said or {}, Mapping):
             raise InputError(f"stage {kind} must have keys of its own", where, "stages: {attention: {tokens: 500k}}")
         found.append(replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))

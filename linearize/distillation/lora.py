@@ -61,7 +61,8 @@ def check_targets(stage: Stage, known: Mapping[str, str], model: Any) -> None:
     for letter in stage.targets:
         if letter in known:
             continue
-        if dict(model.named_modules()).get(letter, letter == "head") in (True, model.get_output_embeddings()):
+        head = model.get_output_embeddings()
+        if head is not None and letter in ("head", *(name for name, module in model.named_modules() if module is head)):
             tied = ", tied to the input embedding" if model.config.get_text_config().tie_word_embeddings else ""
             raise UsageError(f"'{letter}' is the output head{tied}: it takes no adapter", where, _letters(known))
         raise UsageError(f"no projection '{letter}'", where, _letters(known))
@@ -74,9 +75,9 @@ def _letters(known: Mapping[str, str]) -> str:
 
 
 def save_adapter(model: Any, directory: Path, base: Path) -> None:
-    """The adapter alone, in peft's own format; `base` is the checkpoint that it belongs to."""
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(str(directory))
+    """The adapter alone, in peft's own format; `base` is the checkpoint that it belongs to, of which its name is noted."""
+    model.peft_config["default"].base_model_name_or_path = base.name
+    model.save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").unlink(missing_ok=True)  # peft's card has nothing but gaps
 
 

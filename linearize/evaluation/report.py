@@ -75,7 +75,8 @@ def measured_before(directory: Path) -> dict[str, Any] | None:
         found = json.loads((directory / MEASURED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("weights") == weights_of(directory) else None
+    good = isinstance(found, dict) and "asked" in found and found.get("weights") == weights_of(directory)
+    return found if good else None
 
 
 def render(entries: Sequence[Entry]) -> str:

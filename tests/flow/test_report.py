@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ def test_report_and_comparison(cli: Cli, folder: Path, text: Path, tmp_path: Pat
     before = (folder / "evaluation.json").stat().st_mtime_ns
     done = cli("report", "--compare", folder, folder, "-o", tmp_path / "both.html")
     assert done.code == 0, done.err
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    measured = json.loads((other / "evaluation.json").read_text())
+    measured["asked"]["tokens"] *= 2
+    (other / "evaluation.json").write_text(json.dumps(measured))
+    done = cli("report", "--compare", folder, other, "-o", tmp_path / "unlike.html")
+    assert done.code == 2, done.err
+    assert "measured with" in done.err
+    assert not (tmp_path / "unlike.html").exists()
     assert (folder / "evaluation.json").stat().st_mtime_ns == before  # measured once
     assert references((tmp_path / "both.html").read_text(encoding="utf-8")) == []
     assert cli("report", folder, folder).code == 2
