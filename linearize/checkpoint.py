@@ -13,7 +13,7 @@ from typing import Any
 
 from linearize.errors import IntegrityError, ResourceError, UsageError
 
-MANIFEST, CARD = "linearize.json", "README.md"  # the card is the user's to edit: the manifest does not hold it
+MANIFEST, CARD = "linearize.json", "README.md"  # the card is the user's to edit: it may differ
 
 
 def check_target(output: Path, overwrite: bool, source: Path | None = None) -> None:
@@ -100,7 +100,7 @@ def write_manifest(directory: Path, **facts: Any) -> None:
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, CARD)
+        if path.is_file() and path.name != MANIFEST
     }
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
