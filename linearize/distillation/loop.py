@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
 from linearize.distillation.metrics import append, forget_after, peak_memory, worst
+from linearize.distillation.sharding import gather_moments, make_optimizer
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
 from linearize.errors import Interrupted, ResourceError, TrainingError, UsageError
 from linearize.progress import Progress
@@ -129,6 +130,7 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     stopped: int = 0
     before: int = 0  # steps of the stages before, for trackers that know one count
+    sharded: bool = False  # the optimizer's moments are spread over the processes
     rate: float = 1.0  # of the schedule's: half of it after a roll-back
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class Trainer:
         that happens again it is a TrainingError.
         """
         self.guard = Guard(self.run / SKIPPED, self.name)
-        optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0)
+        optimizer = make_optimizer(self.groups, self.sharded)
         rates = [group["lr"] for group in optimizer.param_groups]
         step, began = self._resume(optimizer) if resume else 0, time.monotonic()
         if step == 0:
@@ -180,7 +182,7 @@ class Trainer:
         ids, positions = self.schedule.rows.ids[index].to(device), self.schedule.rows.positions[index].to(device)
         with drawn(device, self.schedule.seed, self.stage, step, self.schedule.rank):
             loss = self.task.backward(ids, positions)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [p for group in self.groups for p in group["params"]]
         if self.reduce_gradients and self.accelerator.num_processes > 1:
             for parameter in trained:
                 if parameter.grad is not None:
@@ -213,6 +215,7 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         parameters = self.parameters()
         check_finite(parameters.items(), f"{self.name}, step {step}", self._kept())
+        gather_moments(optimizer)
         if self.accelerator.is_main_process:
             guard = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
             facts = {**self.facts, "done": self.done, "rate": self.rate, "losses": self.losses[:4], **guard}

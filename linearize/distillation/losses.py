@@ -18,11 +18,16 @@ ROW_BLOCK = 256
 LayerLoss = Callable[[Mixer, Inputs, Tensor], Tensor]
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least fp32: what is summed up in a loss."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def relative_mse(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
     """sum ||y - y'||^2 / sum ||y||^2 of each row: deep layers, whose outputs are larger, do not drown the rest."""
     output, _ = mixer(inputs)
-    target = target.float()
-    error = (output.float() - target).square().sum((1, 2, 3))
+    target = wide(target)
+    error = (wide(output) - target).square().sum((1, 2, 3))
     loss: Tensor = (error / target.square().sum((1, 2, 3)).clamp(min=1e-12)).mean()
     return loss
 
@@ -30,7 +35,7 @@ def relative_mse(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
 def mse(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
     """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
     output, _ = mixer(inputs)
-    return 1000 * F.mse_loss(output.float(), target.float())
+    return 1000 * F.mse_loss(wide(output), wide(target))
 
 
 def weights(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def weights(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
         return relative_mse(mixer, inputs, target)
     phi_q, phi_k = mixer.features(inputs)  # (B, M, R, T, K), (B, M, T, K)
     time, repeats = phi_k.shape[2], phi_q.shape[1] * phi_q.shape[2] // inputs.k.shape[1]
-    q, k = inputs.q.float(), inputs.k.float().repeat_interleave(repeats, dim=1)
+    q, k = wide(inputs.q), wide(inputs.k).repeat_interleave(repeats, dim=1)
     keys = torch.arange(time, device=q.device)
     total = q.new_zeros(())
     for start in range(0, time, ROW_BLOCK):
@@ -68,14 +73,14 @@ LAYER_LOSSES: dict[str, LayerLoss] = {"relative_mse": relative_mse, "mse": mse, 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """sum_t KL(teacher || student) over tokens (N, vocabulary), times temperature squared (Hinton et al. 2015)."""
-    total = student.new_zeros((), dtype=torch.float32)
+    total = wide(student.new_zeros(()))
     for start in range(0, len(student), ROW_BLOCK):
-        own = (student[start : start + ROW_BLOCK].float() / temperature).log_softmax(-1)
-        other = (teacher[start : start + ROW_BLOCK].float() / temperature).log_softmax(-1)
+        own = (wide(student[start : start + ROW_BLOCK]) / temperature).log_softmax(-1)
+        other = (wide(teacher[start : start + ROW_BLOCK]) / temperature).log_softmax(-1)
         total = total + F.kl_div(own, other, log_target=True, reduction="sum")
     return total * temperature**2
 
 
 def ce(student: Tensor, targets: Tensor) -> Tensor:
     """sum_t -log p(target) over tokens (N, vocabulary)."""
-    return F.cross_entropy(student.float(), targets, reduction="sum")
+    return F.cross_entropy(wide(student), targets, reduction="sum")

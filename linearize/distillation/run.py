@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from linearize import text
 from linearize.checkpoint import check_target
 from linearize.conversion.saving import save
-from linearize.distillation import lora
+from linearize.distillation import lora, sharding
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
@@ -67,6 +67,9 @@ def distill(
     keep: int = 2,
     dropout: float | None = None,
     report_to: Sequence[str] = (),
+    shard: bool = False,
+    precision: str | None = None,
+    gradient_checkpointing: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -78,7 +81,10 @@ def distill(
     `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
+    `shard` spreads the frozen weights over the processes, gathered in `precision` (bfloat16; default: as they are stored).
     """
+    if precision and not shard:
+        raise UsageError("the precision of gathered weights needs sharded ones", "--mixed-precision", "--shard --num-processes N")
     if stage not in KINDS:
         raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
     plan = check(directory)["linearize"]
@@ -89,7 +95,8 @@ def distill(
     training, _ = text.split(documents(data, chat_of(AutoTokenizer.from_pretrained(directory))))
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
-    model, tokenizer = load(directory, device=str(accelerator.device))
+    device_of = accelerator.device
+    model, tokenizer = sharding.load_to_shard(directory, device_of) if shard else load(directory, device=str(device_of))
     chosen = stages_for(plan, stage, tokens)
     chosen = [s if dropout is None else replace(s, dropout=dropout) for s in chosen]
     sequence = min(sequence, plan.get("max_positions") or sequence)
@@ -100,6 +107,11 @@ def distill(
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": data, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
     facts |= {"processes": accelerator.num_processes, "dropout": [s.dropout for s in chosen]}
+    facts |= {"shard": shard, "precision": precision}
+    if shard:
+        model = sharding.shard(model, accelerator.device, accelerator.num_processes, precision)
+    if gradient_checkpointing:
+        sharding.checkpointed(model)
     if report_to:
         told = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **told})
@@ -108,7 +120,10 @@ def distill(
         accelerator, model, chosen, rows, run, facts,
         batch=batch, seed=seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
     )  # fmt: skip
-    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
+    taught = found.model
+    if shard and accelerator.is_main_process:
+        taught = sharding.unsharded(taught, directory, chosen, seed, device_of)
+    finish(accelerator, taught, tokenizer, found.stages, facts, target, run, overwrite)
     if report_to:
         accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
@@ -214,6 +229,7 @@ def train_stage(
         return model, {**report, "tokens": 0, "steps": 0, "note": "the method has no parameter to transfer"}
     progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"])
     every = {name: p for params in trained.values() for name, p in params.items()} | mixer_parameters(model)
+    sharded = sharding.is_sharded(model)
     trainer = Trainer(
         accelerator, run, number, stage.kind,
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
@@ -221,7 +237,8 @@ def train_stage(
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
         before=sum(int(report["steps"]) for report in done), named=every, task=_task(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
-        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", saving=saving, deadline=deadline,
+        facts=facts, done=done, progress=progress, saving=saving, deadline=deadline, sharded=sharded,
+        reduce_gradients=stage.kind == "attention" or sharded,
     )  # fmt: skip
     result = trainer.train(resume)
     result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
@@ -240,7 +257,8 @@ def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: i
 def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Task:
     if stage.kind == "attention":
         return AttentionTransfer(model, stage)
-    wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+    data_parallel = accelerator.num_processes > 1 and not sharding.is_sharded(model)
+    wrapped = accelerator.prepare_model(model) if data_parallel else model
     return LogitDistillation(accelerator, wrapped, model, stage, mask_token)
 
 
@@ -249,10 +267,10 @@ def finish(
     target: Path, run: Path, overwrite: bool,
 ) -> None:  # fmt: skip
     """Merge the adapters, record the stages in the plan, write the checkpoint, and only then remove the run's state."""
-    if hasattr(model, "merge_and_unload"):
-        model = lora.merge(model)
-    model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
     if accelerator.is_main_process:
+        if hasattr(model, "merge_and_unload"):
+            model = lora.merge(model)
+        model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
         recipe = {"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
         save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=[run / "metrics.jsonl"])
         end_run(run)

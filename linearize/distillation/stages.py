@@ -78,8 +78,7 @@ class LogitDistillation:
         """Loss by the global number of target tokens; adds the gradients; returns this process's share of the loss."""
         inputs, targets, counted = self.task(ids, positions)
         positions = positions + first_position(self.model)
-        tokens = counted.sum().clamp(min=1)
-        share = self.accelerator.reduce(tokens.float(), "mean")
+        share = max(int(self.accelerator.reduce(counted.sum(), "sum")), 1) / self.accelerator.num_processes
         teacher = None
         if self.stage.loss == "kl":
             with torch.no_grad(), self._without_adapters(), mode(self.model, self.teacher):
