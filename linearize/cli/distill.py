@@ -51,11 +51,28 @@ Dropout = Annotated[
 ]  # fmt: skip
 
 
+class Precision(str, Enum):
+    """What gathered weights and activations are in."""
+
+    bfloat16 = "bfloat16"
+
+
 Processes = Annotated[
     int | None,
     typer.Option(
         min=1, metavar="N", help="Start N processes, through torchrun.", rich_help_panel=flags.HOW, show_default="as launched"
     ),
+]
+
+
+Shard = Annotated[bool, typer.Option("--shard", help="Spread the frozen weights over the processes.", rich_help_panel=flags.HOW)]
+MixedPrecision = Annotated[
+    Precision | None,
+    typer.Option(help="Of sharded weights in use.", rich_help_panel=flags.HOW, show_default="as stored"),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Less memory, one more forward pass.", rich_help_panel=flags.HOW),
 ]
 
 
@@ -92,6 +109,9 @@ def distill(
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
     num_processes: Processes = None,
+    shard: Shard = False,
+    mixed_precision: MixedPrecision = None,
+    gradient_checkpointing: Checkpointing = False,
     report_to: ReportTo = None,
     output: flags.Output = None,
     as_json: flags.Json = False,
@@ -112,7 +132,8 @@ def distill(
         made = run(
             directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
-            report_to=report_to or (),
+            report_to=report_to or (), shard=shard, precision=mixed_precision.value if mixed_precision else None,
+            gradient_checkpointing=gradient_checkpointing,
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

@@ -20,6 +20,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor, nn
 
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
+from linearize.distillation.launching import check_joined, meant
 from linearize.distillation.metrics import append, forget_after, peak_memory, worst
 from linearize.distillation.sharding import gather_moments, make_optimizer
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
@@ -37,14 +38,10 @@ def make_accelerator(device: str, report_to: Sequence[str] = (), folder: Path | 
     ResourceError where a launcher's processes would each train alone, and where a tracker is not installed.
     """
     check_trackers(report_to)
+    expected = meant(os.environ)
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=on_cpu, log_with=list(report_to) or None, project_dir=folder)
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise ResourceError(
-            f"the launcher started {expected} processes, but only {accelerator.num_processes} joined", "distill",
-            "start it with: torchrun --nproc_per_node N -m linearize distill DIR",
-        )  # fmt: skip
+    check_joined(expected, accelerator.num_processes)
     return accelerator
 
 

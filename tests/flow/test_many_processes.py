@@ -1,4 +1,4 @@
-"""Two processes are one process with twice the batch: data parallel and sharded, in both stages, with unequal numbers of targets."""
+"""Two processes are one process with twice the batch: data parallel and sharded, both stages, unequal numbers of targets."""
 
 from __future__ import annotations
 
