@@ -19,7 +19,7 @@ from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import packaged_smollm2, resolve
 from linearize.conversion.teacher import teacher_host
 from linearize.distillation.loop import make_accelerator
-from linearize.distillation.run import SEQUENCE, begin_run, finish, stages_for, train_stages
+from linearize.distillation.run import begin_run, finish, stages_for, train_stages
 from linearize.distillation.stages import AttentionTransfer
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import Interrupted, ResourceError
@@ -29,6 +29,7 @@ from linearize.methods import DEFAULT
 from linearize.methods.base import CALIBRATED, Stage
 from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
+from linearize.recipe import SEQUENCE, recipe_of
 from linearize.serving.session import Session, Settings
 
 DEMO_MODEL = "smollm2"
@@ -120,7 +121,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     accelerator = make_accelerator("cpu" if model.device.type == "cpu" else "auto")
     docs, _ = text.split(documents(BUILTIN))
     rows = text.pack(text.tokenise(tokenizer, docs), SEQUENCE)
-    transfer, logits = stages_for(model.config.linearize, "all", None)
+    transfer, logits = stages_for(recipe_of(method=DEFAULT))
     began = time.monotonic()
     AttentionTransfer(model, transfer).backward(rows.ids[:1], rows.positions[:1])  # one step, to know how fast this machine is
     model.zero_grad(set_to_none=True)
@@ -135,7 +136,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     facts = {"data": BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
     begin_run(accelerator, run, resume=False, overwrite=True)
     try:
-        trained = train_stages(accelerator, model, stages, rows, run, facts, progress=progress)
+        trained = train_stages(accelerator, model, stages, lambda stage: rows, run, facts, progress=progress)
     except Interrupted as stop:
         shutil.rmtree(run, ignore_errors=True)
         stop.what, stop.fix = "stopped", "linearize demo begins anew"

@@ -19,7 +19,6 @@ from linearize.devices import DTYPES, pick_dtype
 from linearize.distillation import lora
 from linearize.errors import UsageError
 from linearize.loading import load
-from linearize.methods.base import Stage
 from linearize.opening import check
 
 COMMAND = "linearize distill DIR --shard --num-processes 2"
@@ -28,12 +27,25 @@ COMMAND = "linearize distill DIR --shard --num-processes 2"
 def blocks(model: Any) -> list[nn.Module]:
     """The layers of the network that hold the converted attention modules, and those between them: units of sharding."""
     path = model.config.linearize["layers"][0]["module"].split(".")
-    inner = getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model
     for end in range(len(path), 0, -1):
-        found = inner.get_submodule(".".join(path[:end]))
+        found = model.get_submodule(".".join(path[:end]))
         if isinstance(found, nn.ModuleList):
             return list(found)
     return []
+
+
+def opened(
+    directory: Path, device: torch.device, processes: int, *, shard: bool, precision: str | None, gradient_checkpointing: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint, ready to train. UsageError for a precision without sharding."""
+    if precision and not shard:
+        raise UsageError("the precision of gathered weights needs sharded ones", "--mixed-precision", COMMAND)
+    model, tokenizer = load_to_shard(directory, device) if shard else load(directory, device=str(device))
+    if shard:
+        model = spread(model, device, processes, precision)
+    if gradient_checkpointing:
+        checkpointed(model)
+    return model, tokenizer
 
 
 def load_to_shard(directory: Path, device: torch.device) -> tuple[Any, Any]:
@@ -42,7 +54,7 @@ def load_to_shard(directory: Path, device: torch.device) -> tuple[Any, Any]:
     return load(directory, dtype=str(dtype).removeprefix("torch."), device="cpu")
 
 
-def shard(model: Any, device: torch.device, processes: int, precision: str | None = None) -> Any:
+def spread(model: Any, device: torch.device, processes: int, precision: str | None = None) -> Any:
     """The model, its frozen parameters spread over all processes a layer at a time; mixers stay whole, on `device`.
 
     `precision` (bfloat16) is that of the gathered weights and of the activations; mixers keep theirs. UsageError for one process.
@@ -95,11 +107,11 @@ def gather_moments(optimizer: torch.optim.Optimizer) -> None:
         optimizer.consolidate_state_dict(to=0)
 
 
-def unsharded(model: Any, directory: Path, stages: list[Stage], seed: int, device: torch.device) -> Any:
+def unsharded(model: Any, directory: Path, device: torch.device) -> Any:
     """A whole model on the CPU with what `model` learned: the frozen weights are read again, so that nothing is gathered."""
     fresh, _ = load_to_shard(directory, device)
     if hasattr(model, "peft_config"):
-        fresh = lora.add_adapter(fresh, [stage for stage in stages if stage.kind == "lora"][-1], seed)
+        fresh = lora.like(fresh, model)
     own = dict(fresh.named_parameters())
     for name, x in learned(model).items():
         own[name].data.copy_(x)

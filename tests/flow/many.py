@@ -18,8 +18,8 @@ from linearize.methods.base import Stage
 
 LENGTH, STEPS, ROWS = 32, 20, 2  # rows of a step, of all processes together
 STAGES = {
-    "attention": Stage("attention", LENGTH * ROWS * STEPS, lr=1e-2),
-    "lora": Stage("lora", LENGTH * ROWS * STEPS, lr=1e-2, loss="kl", mixer_lr=1e-2, rank=2, ce_weight=0.5),
+    "attention": Stage("attention", LENGTH * ROWS * STEPS, lr=1e-2, loss="relative_mse + mse + 0.1*mass", far_weight=3.0),
+    "lora": Stage("lora", LENGTH * ROWS * STEPS, lr=1e-2, mixer_lr=1e-2, rank=2, loss="kl + 0.5*ce"),
 }
 
 
@@ -40,7 +40,7 @@ def train(folder: Path, output: Path, case: str) -> None:
     model = model.to(getattr(torch, dtype))
     processes, first = accelerator.num_processes, {}
     if "shard" in options:
-        model = sharding.shard(model, accelerator.device, processes, "bfloat16" if "bf16" in options else None)
+        model = sharding.spread(model, accelerator.device, processes, "bfloat16" if "bf16" in options else None)
     if "checkpointing" in options:
         sharding.checkpointed(model)
     real = Trainer._step
@@ -55,7 +55,7 @@ def train(folder: Path, output: Path, case: str) -> None:
     Trainer._step = seen  # type: ignore[method-assign]
     try:
         run.mkdir(parents=True)
-        made = train_stages(accelerator, model, [STAGES[kind]], rows(), run, {}, batch=ROWS // processes)
+        made = train_stages(accelerator, model, [STAGES[kind]], lambda stage: rows(), run, {}, batch=ROWS // processes)
     finally:
         Trainer._step = real  # type: ignore[method-assign]
     if accelerator.is_main_process:
