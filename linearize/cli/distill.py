@@ -17,7 +17,6 @@ from linearize.errors import UsageError
 EXAMPLES = """\
 linearize distill smollm2-default
 linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
-linearize distill smollm2-default --stage attention --tokens 50k --set "stages.attention.loss=relative_mse + 0.1*mass"
 linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets=q,v
 linearize distill smollm2-default --resume auto
 linearize distill smollm2-default --num-processes 2"""
@@ -26,7 +25,7 @@ LEARN = "What it learns from"
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, builtin or teacher; may be repeated.",
+        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, or builtin; may be repeated.",
         rich_help_panel=LEARN, show_default="builtin",
     ),
 ]  # fmt: skip
