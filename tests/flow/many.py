@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from linearize import text
 from linearize.distillation import sharding
@@ -41,6 +43,9 @@ def train(folder: Path, output: Path, case: str) -> None:
     processes, first = accelerator.num_processes, {}
     if "shard" in options:
         model = sharding.spread(model, accelerator.device, processes, "bfloat16" if "bf16" in options else None)
+        assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 3, "two layers, gathered apart, and the rest"
+        held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+        assert held * processes == sum(p.numel() for name, p in model.named_parameters() if ".linearize." not in name)
     if "checkpointing" in options:
         sharding.checkpointed(model)
     real = Trainer._step
@@ -48,6 +53,9 @@ def train(folder: Path, output: Path, case: str) -> None:
     def seen(self: Any, *args: Any) -> float:
         loss = real(self, *args)
         if not first:
+            if "shard" in options:  # every moment is held by one process
+                local = args[0].optim.state_dict()["state"]
+                assert 0 < len(local) < sum(len(group["params"]) for group in self.groups)
             first.update({f"grad.{name}": p.grad.clone() for name, p in self.named.items() if p.grad is not None})
         return loss
 
