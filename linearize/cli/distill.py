@@ -72,11 +72,29 @@ SaveEvery = Annotated[
 ]
 Keep = Annotated[int, typer.Option(min=1, metavar="N", help="Saved states that stay until the end.", rich_help_panel=flags.HOW)]
 
+
+class Precision(str, Enum):
+    """What gathered weights and activations are in."""
+
+    bfloat16 = "bfloat16"
+
+
 Processes = Annotated[
     int | None,
     typer.Option(
         min=1, metavar="N", help="Start N processes, through torchrun.", rich_help_panel=flags.HOW, show_default="as launched"
     ),
+]
+
+
+Shard = Annotated[bool, typer.Option("--shard", help="Spread the frozen weights over the processes.", rich_help_panel=flags.HOW)]
+MixedPrecision = Annotated[
+    Precision | None,
+    typer.Option(help="Of sharded weights in use.", rich_help_panel=flags.HOW, show_default="as stored"),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Less memory, one more forward pass.", rich_help_panel=flags.HOW),
 ]
 
 
@@ -114,6 +132,9 @@ def distill(
     seed: Seed = None,
     device: flags.Device = "auto",
     num_processes: Processes = None,
+    shard: Shard = False,
+    mixed_precision: MixedPrecision = None,
+    gradient_checkpointing: Checkpointing = False,
     report_to: ReportTo = None,
     output: flags.Output = None,
     merge: Merge = True,
@@ -136,7 +157,8 @@ def distill(
         made = run(
             directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
             recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
-            resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (),
+            resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (), shard=shard,
+            precision=mixed_precision.value if mixed_precision else None, gradient_checkpointing=gradient_checkpointing,
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

@@ -20,7 +20,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor, nn
 
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
+from linearize.distillation.launching import check_joined, meant
 from linearize.distillation.metrics import append, forget_after, peak_memory, worst
+from linearize.distillation.sharding import gather_moments, make_optimizer
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
 from linearize.errors import Interrupted, ResourceError, TrainingError, UsageError
 from linearize.progress import Progress
@@ -36,14 +38,10 @@ def make_accelerator(device: str, report_to: Sequence[str] = (), folder: Path | 
     ResourceError where a launcher's processes would each train alone, and where a tracker is not installed.
     """
     check_trackers(report_to)
+    expected = meant(os.environ)
     on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=on_cpu, log_with=list(report_to) or None, project_dir=folder)
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise ResourceError(
-            f"the launcher started {expected} processes, but only {accelerator.num_processes} joined", "distill",
-            "start it with: torchrun --nproc_per_node N -m linearize distill DIR",
-        )  # fmt: skip
+    check_joined(expected, accelerator.num_processes)
     return accelerator
 
 
@@ -129,6 +127,7 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     stopped: int = 0
     before: int = 0  # steps of the stages before, for trackers that know one count
+    sharded: bool = False  # the optimizer's moments are spread over the processes
     rate: float = 1.0  # of the schedule's: half of it after a roll-back
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -138,7 +137,7 @@ class Trainer:
         that happens again it is a TrainingError.
         """
         self.guard = Guard(self.run / SKIPPED, self.name)
-        optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0)
+        optimizer = make_optimizer(self.groups, self.sharded)
         rates = [group["lr"] for group in optimizer.param_groups]
         step, began = self._resume(optimizer) if resume else 0, time.monotonic()
         if step == 0:
@@ -180,7 +179,7 @@ class Trainer:
         ids, positions = self.schedule.rows.ids[index].to(device), self.schedule.rows.positions[index].to(device)
         with drawn(device, self.schedule.seed, self.stage, step, self.schedule.rank):
             loss = self.task.backward(ids, positions)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = [p for group in self.groups for p in group["params"]]
         if self.reduce_gradients and self.accelerator.num_processes > 1:
             for parameter in trained:
                 if parameter.grad is not None:
@@ -213,6 +212,7 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         parameters = self.parameters()
         check_finite(parameters.items(), f"{self.name}, step {step}", self._kept())
+        gather_moments(optimizer)
         if self.accelerator.is_main_process:
             guard = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
             facts = {**self.facts, "done": self.done, "rate": self.rate, "losses": self.losses[:4], **guard}

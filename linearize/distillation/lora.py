@@ -86,6 +86,11 @@ def attach(model: Any, directory: Path) -> Any:
     return PeftModel.from_pretrained(model, str(directory))
 
 
+def like(model: Any, other: Any) -> Any:
+    """`model` with adapters of the same places and sizes as the peft model `other` has, not yet of the same values."""
+    return get_peft_model(model, other.peft_config["default"], autocast_adapter_dtype=True)
+
+
 def without(model: Any) -> Any:
     """The model with its adapters taken off."""
     return model.unload()

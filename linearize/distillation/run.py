@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from linearize import text
 from linearize.checkpoint import check_target
 from linearize.conversion.saving import save
-from linearize.distillation import lora
+from linearize.distillation import lora, sharding
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.losses import check_losses
@@ -24,7 +24,7 @@ from linearize.distillation.state import latest_state
 from linearize.documents import Chat, chat_of, documents
 from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.evaluation.recall_rows import mixed
-from linearize.loading import ADAPTER, check_adapter_apart, load
+from linearize.loading import ADAPTER, check_adapter_apart
 from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, Stage
 from linearize.modeling.spec import is_causal
 from linearize.opening import check, need_decoder
@@ -71,6 +71,9 @@ def distill(
     keep: int = 2,
     merge: bool = True,
     report_to: Sequence[str] = (),
+    shard: bool = False,
+    precision: str | None = None,
+    gradient_checkpointing: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -84,6 +87,7 @@ def distill(
     `resume` goes on from the last one where there is one. Without `merge` the adapter stays apart, in `output`/adapter.
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
+    `shard` spreads the frozen weights over the processes, gathered in `precision` (bfloat16; default: as they are stored).
     """
     plan = check(directory)["linearize"]
     sources = (data,) if isinstance(data, str) else data
@@ -100,14 +104,17 @@ def distill(
     training = training_documents(made.data, chat_of(AutoTokenizer.from_pretrained(directory)))
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
-    model, tokenizer = load(directory, device=str(accelerator.device))
+    model, tokenizer = sharding.opened(
+        directory, accelerator.device, accelerator.num_processes,
+        shard=shard, precision=precision, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
     rows = Rows(made, plan, tokenizer, text.tokenise(tokenizer, training))
     check_encoder(model, chosen, rows.mask_token, str(directory))
     for chosen_stage in chosen:
         rows(chosen_stage)
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
-    facts |= {"processes": accelerator.num_processes}
+    facts |= {"processes": accelerator.num_processes, "shard": shard, "precision": precision}
     if report_to:
         shown = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **shown})
@@ -116,7 +123,10 @@ def distill(
         accelerator, model, chosen, rows, run, facts,
         batch=made.batch, seed=made.seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
     )  # fmt: skip
-    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite, merge)
+    taught = found.model
+    if shard and accelerator.is_main_process:
+        taught = sharding.unsharded(taught, directory, accelerator.device)
+    finish(accelerator, taught, tokenizer, found.stages, facts, target, run, overwrite, merge)
     if report_to:
         accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
@@ -261,6 +271,7 @@ def train_stage(
         return model, {**report, "tokens": 0, "steps": 0, "note": "the method has no parameter to transfer"}
     progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"], loss=stage.loss, **({"note": note} if note else {}))
     every = {name: p for params in trained.values() for name, p in params.items()} | mixer_parameters(model)
+    sharded = sharding.is_sharded(model)
     trainer = Trainer(
         accelerator, run, number, stage.kind,
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
@@ -268,7 +279,8 @@ def train_stage(
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
         before=sum(int(report["steps"]) for report in done), named=every, task=_task(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
-        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == ATTENTION, saving=saving, deadline=deadline,
+        facts=facts, done=done, progress=progress, saving=saving, deadline=deadline, sharded=sharded,
+        reduce_gradients=stage.kind == ATTENTION or sharded,
     )  # fmt: skip
     result = trainer.train(resume)
     result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
@@ -287,7 +299,8 @@ def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: i
 def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Task:
     if stage.kind == ATTENTION:
         return AttentionTransfer(model, stage)
-    wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
+    data_parallel = accelerator.num_processes > 1 and not sharding.is_sharded(model)
+    wrapped = accelerator.prepare_model(model) if data_parallel else model
     return LogitDistillation(accelerator, wrapped, model, stage, mask_token)
 
 
@@ -301,20 +314,17 @@ def finish(
     target: Path, run: Path, overwrite: bool, merge: bool = True,
 ) -> None:  # fmt: skip
     """Merge the adapter or set it apart, record the stages in the plan, write the checkpoint, only then remove the run's state."""
-    adapter = None
-    if hasattr(model, "merge_and_unload"):
-        if merge:
+    if accelerator.is_main_process:
+        files = [run / "metrics.jsonl"]
+        if hasattr(model, "merge_and_unload") and merge:
             model = lora.merge(model)
-        else:
-            adapter = run / ADAPTER
-            if accelerator.is_main_process:
-                lora.save_adapter(model, adapter, target)
+        elif hasattr(model, "merge_and_unload"):
+            files.append(run / ADAPTER)
+            lora.save_adapter(model, run / ADAPTER, target)
             model = lora.without(model)
             reports = [{**report, "merged": False} for report in reports]
-    model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
-    if accelerator.is_main_process:
+        model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
         recipe = {"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
-        files = [run / "metrics.jsonl", *([adapter] if adapter else [])]
         save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=files)
         end_run(run)
     accelerator.wait_for_everyone()

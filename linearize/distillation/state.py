@@ -25,7 +25,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for key, x in tensors.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = x
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    groups, first = [], 0  # not optimizer.state_dict(): one that is sharded has no whole one
+    for group in optimizer.param_groups:
+        last = first + len(group["params"])
+        groups.append({**group, "params": list(range(first, last))})
+        first = last
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def states(run: Path) -> list[Path]:

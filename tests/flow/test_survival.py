@@ -64,27 +64,34 @@ def killed(folder: Path, text: Path, output: Path, at: tuple[int, int, int], pro
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The checkpoint of a run that nothing stopped, by its processes."""
+def undisturbed(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The checkpoint of a run that nothing stopped, by its processes and further flags."""
 
     @cache
-    def made(processes: int) -> Path:
+    def made(processes: int, *more: str) -> Path:
         output = tmp_path_factory.mktemp("whole") / "out"
-        assert killed(folder, text, output, (-1, 0, 0), processes) == 0
+        assert killed(folder, text, output, (-1, 0, 0), processes, *more) == 0
         return output
 
     return made
 
 
-@pytest.mark.parametrize("processes, at", [(1, (0, 0, 27)), (1, (0, 1, 27)), (2, (1, 1, 27))], ids=str)
+CASES = [(1, (0, 0, 27), ()), (1, (0, 1, 27), ()), (2, (1, 1, 27), ()), (2, (1, 1, 27), ("--shard", "--gradient-checkpointing"))]
+
+
+@pytest.mark.parametrize("processes, at, more", CASES, ids=str)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    processes: int, at: tuple[int, int, int], undisturbed: Callable[[int], Path], folder: Path, text: Path, tmp_path: Path
-) -> None:
+    processes: int, at: tuple[int, int, int], more: tuple[str, ...], undisturbed: Callable[..., Path], folder: Path, text: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     """kill -9 after 27 steps, resumed from the 20th, LoRA with dropout: weights and losses to the bit, in each stage."""
-    whole, parts = undisturbed(processes), tmp_path / "parts"
-    assert killed(folder, text, parts, at, processes) != 0
+    whole, parts = undisturbed(processes, *more), tmp_path / "parts"
+    assert killed(folder, text, parts, at, processes, *more) != 0
     assert not parts.exists()
-    assert killed(folder, text, parts, (-1, 0, 0), processes, "--resume", "auto") == 0
+    if more:  # sharded moments are gathered when they are saved: the state is whole, and one process says why it does not take it
+        with pytest.raises(InputError, match=r"the run was begun with processes 2, not 1.*--resume"):
+            distill(folder, data=str(text), sequence=LENGTH, tokens=LENGTH * STEPS * 2, output=parts, resume=True)
+    assert killed(folder, text, parts, (-1, 0, 0), processes, "--resume", "auto", *more) == 0
     one, other = weights(whole), weights(parts)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
