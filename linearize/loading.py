@@ -12,14 +12,19 @@ from linearize.modeling.modeling_linearized import PREFIX, linearized_class, reg
 from linearize.opening import check
 
 
+def class_of(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The model class of a linearized checkpoint whose files are whole, and its config."""
+    config = check(path)
+    register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
+    return linearized_class(config["architectures"][0].removeprefix("Linearized")), config
+
+
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """Model (in eval mode) and tokenizer of a linearized checkpoint."""
     path = Path(directory)
-    config = check(path)
+    made, config = class_of(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
-    register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
-    made = linearized_class(config["architectures"][0].removeprefix("Linearized"))
     model: Any = made.from_pretrained(path, dtype=chosen)
     model = model.to(where).eval()
     return model, AutoTokenizer.from_pretrained(path)

@@ -59,6 +59,22 @@ Processes = Annotated[
 ]
 
 
+StreamLayers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="K", help="Stage attention K layers at a time: a model larger than memory.", rich_help_panel=flags.HOW,
+        show_default="all at once",
+    ),
+]  # fmt: skip
+StreamCache = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="GB", help="Disk that --stream-layers may fill with layer inputs.", rich_help_panel=flags.HOW,
+        show_default="half of what is free",
+    ),
+]  # fmt: skip
+
+
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,6 +108,8 @@ def distill(
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
     num_processes: Processes = None,
+    stream_layers: StreamLayers = None,
+    stream_cache: StreamCache = None,
     report_to: ReportTo = None,
     output: flags.Output = None,
     as_json: flags.Json = False,
@@ -103,16 +121,19 @@ def distill(
     logits and merges it. The teacher is the same network with its mixers off. Writes DIR-distilled
     unless -o says otherwise.
     """
+    if stream_cache is not None and stream_layers is None:
+        raise UsageError("there are no layer inputs on disk without --stream-layers", "--stream-cache", "add --stream-layers K")
     if num_processes is not None:
         launch(num_processes)
     from linearize.distillation.run import distill as run
+    from linearize.distillation.streaming import Streaming
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
             directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
-            report_to=report_to or (),
+            report_to=report_to or (), streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

@@ -20,6 +20,8 @@ from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
+from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
+from linearize.distillation.streaming_model import Skeleton
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.evaluation.recall_rows import mixed
@@ -67,6 +69,7 @@ def distill(
     keep: int = 2,
     dropout: float | None = None,
     report_to: Sequence[str] = (),
+    streaming: Streaming | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -76,6 +79,7 @@ def distill(
     `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
+    `streaming` runs stage attention a few layers at a time, for a model that does not fit in memory.
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
     """
@@ -89,7 +93,12 @@ def distill(
     training, _ = text.split(documents(data, chat_of(AutoTokenizer.from_pretrained(directory))))
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
-    model, tokenizer = load(directory, device=str(accelerator.device))
+    if streaming is None:
+        model, tokenizer = load(directory, device=str(accelerator.device))
+    else:
+        check_streaming(stage, accelerator.num_processes)
+        skeleton = Skeleton(directory, accelerator.device, target.with_name(f"{target.name}.weights"))
+        model, tokenizer = skeleton.model, AutoTokenizer.from_pretrained(directory)
     chosen = stages_for(plan, stage, tokens)
     chosen = [s if dropout is None else replace(s, dropout=dropout) for s in chosen]
     sequence = min(sequence, plan.get("max_positions") or sequence)
@@ -97,6 +106,7 @@ def distill(
     rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
     rows = mixed(rows, recall, tokenizer, encoded, seed)
     check_encoder(model, chosen, rows, str(directory))
+    check_begun(run, streaming, resume, overwrite)
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": data, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
     facts |= {"processes": accelerator.num_processes, "dropout": [s.dropout for s in chosen]}
@@ -104,11 +114,15 @@ def distill(
         told = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **told})
     teller = progress if accelerator.is_main_process else silent
-    found = train_stages(
-        accelerator, model, chosen, rows, run, facts,
-        batch=batch, seed=seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
-    )  # fmt: skip
+    how: Any = {"batch": batch, "seed": seed, "resume": resume, "saving": Saving(save_every, keep), "progress": teller}
+    if streaming is None:
+        found = train_stages(accelerator, model, chosen, rows, run, facts, **how)
+    else:
+        reports = stream_attention(accelerator, skeleton, chosen[0], rows, run, facts, streaming=streaming, **how)
+        found = Trained(skeleton.whole(), reports)
     finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
+    if streaming is not None:
+        skeleton.close()
     if report_to:
         accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.calibration import few_logits
+from linearize.distillation.guard import drawn
 from linearize.distillation.losses import LAYER_LOSSES, ce, kl
 from linearize.methods.base import Stage
 from linearize.modeling.attention import LinearizedAttention
@@ -48,11 +49,16 @@ class AttentionTransfer:
         """Adds the gradients of every mixer; returns the mean loss over layers."""
         self.by_layer = {}
         with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
-            self.model(input_ids=ids, position_ids=positions + first_position(self.model), **few_logits(self.model))
+            self.read(ids, positions)
         return sum(self.by_layer.values()) / len(self.by_layer)
 
+    def read(self, ids: Tensor, positions: Tensor) -> None:
+        """Run the teacher, under observation, over rows (B, T)."""
+        self.model(input_ids=ids, position_ids=positions + first_position(self.model), **few_logits(self.model))
+
     def _observe(self, attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        with torch.enable_grad():
+        # what a layer draws does not depend on which layers run before it
+        with torch.enable_grad(), drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index):
             loss = self.loss(attention.linearize, inputs, target)
             if loss.requires_grad:
                 loss.backward()
