@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,7 +42,7 @@ class Skeleton:
         if config["model_type"].removeprefix(PREFIX) not in ARCHITECTURES:
             what = f"{config['model_type'].removeprefix(PREFIX)} is not among the families whose layers can be streamed"
             raise UnsupportedError(what, str(directory), "leave --stream-layers out, or see: linearize architectures")
-        self.folder = folder
+        self.close = weakref.finalize(self, shutil.rmtree, folder, True)  # called when the process ends, at the latest
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with quiet():
@@ -126,9 +127,6 @@ class Skeleton:
         self.model.hf_device_map = dict(ON_DISK)
         self.model.tie_weights()  # hooks part what was one parameter
         return self.model
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
