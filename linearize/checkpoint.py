@@ -13,7 +13,7 @@ from typing import Any
 
 from linearize.errors import IntegrityError, ResourceError, UsageError
 
-MANIFEST = "linearize.json"
+MANIFEST, CARD = "linearize.json", "README.md"  # the card is the user's to edit: the manifest does not hold it
 
 
 def check_target(output: Path, overwrite: bool, source: Path | None = None) -> None:
@@ -100,7 +100,7 @@ def write_manifest(directory: Path, **facts: Any) -> None:
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, CARD)
     }
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -130,6 +130,8 @@ def verify(directory: Path, hashes: bool = True) -> dict[str, Any]:
     """The manifest, once every file has the size (and hash) it names. IntegrityError names the first that differs."""
     manifest = read_manifest(directory)
     for name, entry in manifest["files"].items():
+        if name == CARD:
+            continue
         path = directory / name
         if not path.is_file():
             raise IntegrityError(f"file '{name}' is missing", str(directory), "write the checkpoint again")

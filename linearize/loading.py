@@ -8,8 +8,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from linearize.devices import pick_device, pick_dtype
+from linearize.errors import UsageError
 from linearize.modeling.modeling_linearized import PREFIX, linearized_class, register
 from linearize.opening import check
+
+ADAPTER = "adapter"  # a folder of the checkpoint's, where LoRA was kept apart
 
 
 def class_of(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -19,12 +22,20 @@ def class_of(path: Path) -> tuple[Any, dict[str, Any]]:
     return linearized_class(config["architectures"][0].removeprefix("Linearized")), config
 
 
-def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a linearized checkpoint."""
+def check_adapter_apart(directory: Path) -> None:
+    """UsageError for a checkpoint that holds an adapter apart, where only whole weights will do."""
+    if (directory / ADAPTER).is_dir():
+        raise UsageError("this checkpoint keeps its adapter apart", str(directory), f"linearize merge {directory}")
+
+
+def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto", adapter: bool = True) -> tuple[Any, Any]:
+    """Model (in eval mode) and tokenizer of a linearized checkpoint, with the adapter beside it at work where there is one."""
     path = Path(directory)
     made, config = class_of(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
     model: Any = made.from_pretrained(path, dtype=chosen)
+    if adapter and (path / ADAPTER).is_dir():
+        model.load_adapter(str(path / ADAPTER))
     model = model.to(where).eval()
     return model, AutoTokenizer.from_pretrained(path)

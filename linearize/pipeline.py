@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,25 @@ from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import packaged_smollm2, resolve
 from linearize.conversion.teacher import teacher_host
 from linearize.distillation.loop import make_accelerator
-from linearize.distillation.run import SEQUENCE, begin_run, finish, stages_for, train_stages
+from linearize.distillation.run import begin_run, finish, stages_for, train_stages
 from linearize.distillation.stages import AttentionTransfer
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import Interrupted, ResourceError
-from linearize.evaluation.fidelity import LENGTH, Evaluation, evaluate_model, held_out_rows
+from linearize.evaluation.card import update_card
+from linearize.evaluation.fidelity import LENGTH, Evaluation, Parts, evaluate_model, held_out_rows, teacher_of
+from linearize.evaluation.harness import harness, need_harness
+from linearize.evaluation.plots import need_plots
+from linearize.evaluation.reading import Variant
+from linearize.evaluation.recall import Grid
+from linearize.evaluation.report import MEASURED, REPORT, Entry, as_json, measured_before, render, weights_of, write_atomically
+from linearize.evaluation.speed import LENGTHS
+from linearize.evaluation.texts import Texts, read_texts
 from linearize.loading import load
 from linearize.methods import DEFAULT
 from linearize.methods.base import CALIBRATED, Stage
 from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
+from linearize.recipe import SEQUENCE, recipe_of
 from linearize.serving.session import Session, Settings
 
 DEMO_MODEL = "smollm2"
@@ -36,6 +46,7 @@ DEMO_PROMPT = "Name three things that a good short story needs."
 DEMO_ANSWER = Settings(max_tokens=40)
 MIN_TRANSFER_TOKENS = 30 * SEQUENCE
 EVALUATION_ROWS = 2
+TOKENS, LONGEST = 16_384, 8192  # of an evaluation, and of one row in it
 RESERVE_STEPS = 20  # evaluation and chat take about as long as this many transfer steps
 LORA_STEP_COST = 2.5  # of a transfer step
 Tell = Callable[[str, object], None]
@@ -45,31 +56,80 @@ def evaluate(
     directory: Path,
     *,
     data: str | None = None,
-    tokens: int = 8 * LENGTH,
+    tokens: int = TOKENS,
+    length: int = LONGEST,
     teacher: str | None = None,
-    recall: bool = True,
+    recall: bool | Grid = True,
+    samples: bool = True,
+    speed: Sequence[int] | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    task_folder: Path | None = None,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a checkpoint on text that it was not trained on (the held-out share of `data`, or all of another file)."""
+    """Measure a checkpoint on text that it was not trained on (the held-out share of `data`, or all of another file).
+
+    `length` bounds the rows, `recall` is the grid of what is asked (or whether anything is), `speed` the lengths at which it is
+    timed (empty: not at all), `tasks` names tasks of lm-evaluation-harness, at most `limit` examples each, with YAML files of
+    one's own in `task_folder`.
+    """
     need_decoder(check(directory)["linearize"], str(directory), "perplexity and recall are")
     source = data or BUILTIN
     docs = documents(source, chat_of(AutoTokenizer.from_pretrained(directory)))
+    if tasks:
+        need_harness()
     model, tokenizer = load(directory, device=device)
     plan = model.config.linearize
     _, held_out = text.split(docs)
     what = (
         f"the held-out documents of {source}, which no stage trains on" if held_out else f"{source}: one document, nothing held out"
     )
-    notes = [what]
     docs = held_out or docs
-    rows = held_out_rows(tokenizer, docs, tokens)
     host, note = teacher_host(model, plan, teacher, device)
-    notes += [note] if note else []
-    return evaluate_model(
-        model, host, tokenizer, rows, str(directory), source, recall=recall, seed=seed, notes=notes, progress=progress
-    )
+    longest = limit_of(model.config)
+    grid = recall if isinstance(recall, Grid) else Grid(seed=seed) if recall else None
+    parts = Parts(
+        None if grid is None else replace(grid, lengths=tuple(x for x in grid.lengths if x <= longest)),
+        samples, tuple(x for x in (LENGTHS if speed is None else speed) if x <= longest), seed,
+    )  # fmt: skip
+    found = evaluate_model(
+        model, host, tokenizer, read_texts(tokenizer, docs, tokens, min(length, longest)), str(directory), source,
+        parts=parts, docs=docs, notes=[what, *([note] if note else [])], progress=progress,
+    )  # fmt: skip
+    if not tasks:
+        return found
+    both = {"student": Variant("student", model)} | ({} if host is None else {"teacher": teacher_of(host)})
+    return replace(found, tasks=harness(both, tokenizer, tasks, limit=limit, folder=task_folder, seed=seed, progress=progress))
+
+
+def report(
+    directories: Sequence[Path], *, output: Path | None = None, again: bool = True, progress: Progress = silent, **settings: Any
+) -> dict[str, Any]:
+    """Measure checkpoints (see `evaluate` for the settings), and write page, model cards and evaluation.json into each.
+
+    Not `again`: figures that were measured on these very weights before are used once more. Everything is checked, and
+    matplotlib asked for, before anything is measured. Returns where the page and the cards are, and the evaluations.
+    """
+    need_plots()
+    plans = [check(directory)["linearize"] for directory in directories]
+    entries, cards = [], []
+    for directory, plan in zip(directories, plans, strict=True):
+        found = None if again else measured_before(directory)
+        if found is None:
+            found = as_json(evaluate(directory, progress=progress, **settings).to_dict())
+            found["weights"] = weights_of(directory)
+            write_atomically(directory / MEASURED, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            cards.append(str(update_card(directory, found, plan["source"]["id"])))
+        entries.append(Entry.of(directory, found))
+    page = write_atomically(output or directories[0] / REPORT, render(entries))
+    return {"page": str(page), "cards": cards, "evaluations": [entry.found for entry in entries]}
+
+
+def limit_of(config: Any) -> int:
+    """The longest text that the model was made for."""
+    return int(getattr(config, "max_position_embeddings", None) or LONGEST)
 
 
 def demo(
@@ -100,7 +160,7 @@ def demo(
     _, held_out = text.split(documents(BUILTIN))
     rows = held_out_rows(tokenizer, held_out, EVALUATION_ROWS * LENGTH)
     notes = ["the held-out documents of the Python manual's topics, which no stage trains on"]
-    found = evaluate_model(again, host, tokenizer, rows, str(output), BUILTIN, recall=False, notes=notes, progress=progress)
+    found = evaluate_model(again, host, tokenizer, Texts.of(rows), str(output), BUILTIN, notes=notes, progress=progress)
     tell("evaluation", found.to_dict())
     session = Session.of(again, tokenizer)
     tell("question", DEMO_PROMPT)
@@ -120,7 +180,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     accelerator = make_accelerator("cpu" if model.device.type == "cpu" else "auto")
     docs, _ = text.split(documents(BUILTIN))
     rows = text.pack(text.tokenise(tokenizer, docs), SEQUENCE)
-    transfer, logits = stages_for(model.config.linearize, "all", None)
+    transfer, logits = stages_for(recipe_of(method=DEFAULT))
     began = time.monotonic()
     AttentionTransfer(model, transfer).backward(rows.ids[:1], rows.positions[:1])  # one step, to know how fast this machine is
     model.zero_grad(set_to_none=True)
@@ -135,7 +195,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
     facts = {"data": BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
     begin_run(accelerator, run, resume=False, overwrite=True)
     try:
-        trained = train_stages(accelerator, model, stages, rows, run, facts, progress=progress)
+        trained = train_stages(accelerator, model, stages, lambda stage: rows, run, facts, progress=progress)
     except Interrupted as stop:
         shutil.rmtree(run, ignore_errors=True)
         stop.what, stop.fix = "stopped", "linearize demo begins anew"

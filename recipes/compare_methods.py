@@ -21,8 +21,8 @@ from linearize import text
 from linearize.conversion.convert import calibration_ids, convert_in_memory, load_source
 from linearize.conversion.plan import count_parameters, plan_for
 from linearize.conversion.sources import resolve
+from linearize.distillation.layer_losses import LayerCall, relative_mse
 from linearize.distillation.loop import Schedule
-from linearize.distillation.losses import relative_mse
 from linearize.documents import BUILTIN, documents
 from linearize.evaluation.fidelity import held_out_rows
 from linearize.evaluation.perplexity import Variant, compare
@@ -67,7 +67,7 @@ class Student:
     def learn(self, index: int, inputs: Inputs, target: Tensor) -> None:
         if index in self.mixers and self.optimizer is not None:
             with torch.enable_grad():
-                loss = relative_mse(self.mixers[index], inputs, target)
+                loss = relative_mse(LayerCall(self.mixers[index], inputs, target))
             if loss.requires_grad and bool(loss.isfinite()):
                 loss.backward()
 

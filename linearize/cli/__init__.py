@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, methods
+from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, merge, methods
+from linearize.cli import report as reporting
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
 from linearize.errors import Interrupted
@@ -40,7 +41,9 @@ def build() -> typer.Typer:
     add("plan", MAKE, convert.plan, convert.PLAN_EXAMPLES)
     add("convert", MAKE, convert.convert, convert.EXAMPLES)
     add("distill", MAKE, distill.distill, distill.EXAMPLES)
+    add("merge", MAKE, merge.merge, merge.EXAMPLES)
     add("eval", MEASURE, eval.evaluate, eval.EXAMPLES)
+    add("report", MEASURE, reporting.report, reporting.EXAMPLES)
     add("inspect", MEASURE, inspect.inspect, inspect.EXAMPLES)
     add("architectures", MEASURE, architectures.architectures, architectures.EXAMPLES)
     add("methods", MEASURE, methods.methods, methods.EXAMPLES)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import flags, show
+from linearize.cli import flags, measured, show
 from linearize.cli.console import Console
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ class Teller:
         self.console.say()
 
     def tell_evaluation(self, value: Any) -> None:
-        show.evaluation(self.console, value)
+        measured.evaluation(self.console, value)
         self.console.say()
 
     def tell_question(self, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,40 +17,60 @@ from linearize.errors import UsageError
 EXAMPLES = """\
 linearize distill smollm2-default
 linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
-linearize distill smollm2-default --stage attention --tokens 50k
+linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets=q,v
 linearize distill smollm2-default --resume auto
 linearize distill smollm2-default --num-processes 2"""
 
 LEARN = "What it learns from"
 Data = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
-        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, or builtin.", rich_help_panel=LEARN
+        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, builtin or teacher; may be repeated.",
+        rich_help_panel=LEARN, show_default="builtin",
     ),
+]  # fmt: skip
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="A recipe in YAML.", rich_help_panel=LEARN, show_default="the method's"),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Over the recipe, as stages.lora.rank=4; may be repeated.", rich_help_panel=LEARN,
+        show_default=False,
+    ),
+]  # fmt: skip
 Recall = Annotated[
-    float, typer.Option(min=0, max=0.9, metavar="SHARE", help="Share of rows that ask for what was hidden.", rich_help_panel=LEARN)
+    float | None,
+    typer.Option(
+        min=0, max=0.9, metavar="SHARE", help="Share of rows that ask for what was hidden.", rich_help_panel=LEARN, show_default="0"
+    ),
 ]
 Tokens = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=LEARN, show_default="the method's"),
+    typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=LEARN, show_default="the recipe's"),
 ]
-Stage = Annotated[flags.StageKind, typer.Option(help="Which stages to run.", rich_help_panel=LEARN)]
-Sequence = Annotated[int, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=LEARN)]
-Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=LEARN)]
+Stage = Annotated[
+    flags.StageKind, typer.Option(help="Which stages to run; all leaves out long unless the recipe has it.", rich_help_panel=LEARN)
+]
+Sequence = Annotated[
+    int | None, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=LEARN, show_default="1024")
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=LEARN, show_default="1")
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Of everything random.", rich_help_panel=flags.HOW, show_default="0")
+]
+Merge = Annotated[
+    bool, typer.Option("--merge/--no-merge", help="Add the adapter into the weights, or keep it in DIR/adapter.",
+                       rich_help_panel=flags.OUTPUT),
+]  # fmt: skip
 SaveEvery = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Steps from save to save.", rich_help_panel=flags.HOW, show_default="five minutes"),
 ]
 Keep = Annotated[int, typer.Option(min=1, metavar="N", help="Saved states that stay until the end.", rich_help_panel=flags.HOW)]
-Dropout = Annotated[
-    float | None,
-    typer.Option(
-        "--lora-dropout", min=0, max=0.9, metavar="P", help="Of the adapter's inputs.", rich_help_panel=LEARN,
-        show_default="the method's",
-    ),
-]  # fmt: skip
-
 
 Processes = Annotated[
     int | None,
@@ -95,31 +116,33 @@ ResumeFlag = Annotated[Resume, typer.Option("--resume", help="auto: go on where 
 
 def distill(
     directory: flags.Directory,
-    data: Data = "builtin",
-    recall: Recall = 0.0,
+    data: Data = None,
+    recall: Recall = None,
     tokens: Tokens = None,
     stage: Stage = flags.StageKind.all,
-    sequence: Sequence = 1024,
-    batch: Batch = 1,
-    lora_dropout: Dropout = None,
+    recipe: RecipeFile = None,
+    sets: Set = None,
+    sequence: Sequence = None,
+    batch: Batch = None,
     save_every: SaveEvery = None,
     keep: Keep = 2,
     resume: ResumeFlag = Resume.never,
-    seed: flags.Seed = 0,
+    seed: Seed = None,
     device: flags.Device = "auto",
     num_processes: Processes = None,
     stream_layers: StreamLayers = None,
     stream_cache: StreamCache = None,
     report_to: ReportTo = None,
     output: flags.Output = None,
+    merge: Merge = True,
     as_json: flags.Json = False,
     overwrite: flags.Overwrite = False,
 ) -> None:
     """Teach a converted checkpoint what its softmax layers did.
 
     Stage attention fits each layer to the teacher's; stage lora trains an adapter against the teacher's
-    logits and merges it. The teacher is the same network with its mixers off. Writes DIR-distilled
-    unless -o says otherwise.
+    logits and merges it; stage long goes on with the text alone, in longer sequences. The teacher is the
+    same network with its mixers off. Writes DIR-distilled unless -o says otherwise.
     """
     if stream_cache is not None and stream_layers is None:
         raise UsageError("there are no layer inputs on disk without --stream-layers", "--stream-cache", "add --stream-layers K")
@@ -127,13 +150,15 @@ def distill(
         launch(num_processes)
     from linearize.distillation.run import distill as run
     from linearize.distillation.streaming import Streaming
+    from linearize.recipe import read
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
             directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
-            resume=resume is Resume.auto, save_every=save_every, keep=keep, dropout=lora_dropout,
-            report_to=report_to or (), streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
+            recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
+            resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (),
+            streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

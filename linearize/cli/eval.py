@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import flags, show
+from linearize.cli import flags, measured
 from linearize.cli.console import Console
 
 EXAMPLES = """\
 linearize eval smollm2-default-distilled
-linearize eval smollm2-default-distilled --data book.txt --tokens 32k
-linearize eval smollm2-default --no-recall --json"""
+linearize eval smollm2-default-distilled --data book.txt --tokens 32k --length 8k
+linearize eval smollm2-default --no-recall --no-speed --json
+linearize eval smollm2-default --recall-tasks pass-key,s-niah-2 --recall-lengths 1k,2k,4k --recall-samples 4
+linearize eval smollm2-default --tasks hellaswag,arc_easy --limit 100"""
 
 WHAT = "What is measured"
 Data = Annotated[
@@ -22,33 +25,87 @@ Data = Annotated[
     ),
 ]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens to measure on: 8192, 32k.", rich_help_panel=WHAT)]
+Length = Annotated[str, typer.Option(metavar="N", help="How far into a document, in tokens.", rich_help_panel=WHAT)]
 Teacher = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="The model to compare with.", rich_help_panel=WHAT, show_default="the one converted"),
 ]
-Recall = Annotated[bool, typer.Option("--recall/--no-recall", help="Also ask for a pass-key far back.", rich_help_panel=WHAT)]
+Recall = Annotated[bool, typer.Option("--recall/--no-recall", help="Also ask for what stands far back.", rich_help_panel=WHAT)]
+RecallTasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Forms of recall: pass-key, s-niah-1, mqar, …", rich_help_panel=WHAT, show_default="all"),
+]
+RecallLengths = Annotated[str, typer.Option(metavar="N,N", help="Lengths of its prompts.", rich_help_panel=WHAT)]
+RecallSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts for each length and depth.", rich_help_panel=WHAT)]
+Depths = Annotated[str, typer.Option(metavar="X,X", help="Where it stands: 0 start, 1 end.", rich_help_panel=WHAT)]
+Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Also time reading and writing.", rich_help_panel=WHAT)]
+Samples = Annotated[bool, typer.Option("--samples/--no-samples", help="Also continue some texts.", rich_help_panel=WHAT)]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.", rich_help_panel=WHAT, show_default=False),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="YAML tasks of your own.", rich_help_panel=WHAT, show_default=False)
+]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Examples of each task.", rich_help_panel=WHAT, show_default="all")
+]
 
 
 def evaluate(
     directory: flags.Directory,
     data: Data = None,
-    tokens: Tokens = "8192",
+    tokens: Tokens = "16384",
+    length: Length = "8192",
     teacher: Teacher = None,
     recall: Recall = True,
+    recall_tasks: RecallTasks = None,
+    recall_lengths: RecallLengths = "512,1024",
+    recall_depths: Depths = "0.25,0.75",
+    recall_samples: RecallSamples = 1,
+    speed: Speed = True,
+    samples: Samples = True,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    seed: flags.Seed = 0,
     device: flags.Device = "auto",
     as_json: flags.Json = False,
 ) -> None:
     """Measure a checkpoint against its teacher.
 
-    Perplexity of teacher, student, window without memory and memory without window, agreement with the
-    teacher, each layer's error, and recall of a pass-key.
+    The teacher, the student, the student with parts switched off, and the window that its state's bytes
+    would buy, on the same tokens: perplexity by position, agreement, recall, speed.
     """
     from linearize.pipeline import evaluate as run
 
     console = Console(as_json)
+    grid = asked(recall, recall_tasks, recall_lengths, recall_depths, recall_samples, seed)
     with console.progress() as progress:
         found = run(
-            directory, data=data, tokens=flags.count(tokens), teacher=teacher, recall=recall, device=device, progress=progress
-        ).to_dict()
-    show.evaluation(console, found)
+            directory, data=data, tokens=flags.count(tokens), length=flags.count(length), teacher=teacher, recall=grid,
+            samples=samples, speed=None if speed else (), tasks=words(tasks), limit=limit, task_folder=task_folder,
+            seed=seed, device=device, progress=progress,
+        ).to_dict()  # fmt: skip
+    measured.evaluation(console, found)
     console.data(found)
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """The parts of `a,b`."""
+    return tuple(part for part in (text or "").replace(" ", "").split(",") if part)
+
+
+def asked(recall: bool, tasks: str | None, lengths: str, depths: str, samples: int, seed: int) -> Any:
+    """The grid of recall that the flags tell, or False."""
+    from linearize.evaluation.recall import TASKS, Grid
+
+    if not recall:
+        return False
+    try:
+        places = tuple(float(x) for x in words(depths))
+    except ValueError:
+        raise typer.BadParameter(f"'{depths}' are not depths such as 0.1,0.5,0.9") from None
+    if not places or any(not 0 <= x <= 1 for x in places):
+        raise typer.BadParameter(f"'{depths}' are not depths between 0 and 1")
+    return Grid(words(tasks) or TASKS, tuple(flags.count(x) for x in words(lengths)), places, samples, seed)

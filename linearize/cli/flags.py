@@ -12,7 +12,6 @@ import typer
 from linearize.errors import UsageError
 
 NEW, HOW, OUTPUT, DANGEROUS = "What becomes of it", "How it runs", "Output", "Dangerous"
-SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
 class Start(str, Enum):
@@ -36,22 +35,18 @@ class StageKind(str, Enum):
 
     attention = "attention"
     lora = "lora"
+    long = "long"
     all = "all"
 
 
 def count(text: str | int) -> int:
     """A number of tokens: 200000, 200k or 1.5M."""
-    digits, scale = str(text).strip().lower().replace("_", ""), 1
-    if digits[-1:] in SUFFIXES:
-        digits, scale = digits[:-1], SUFFIXES[digits[-1]]
+    from linearize.recipe import count as read
+
     try:
-        value = float(digits) * scale
-        number = int(value)
+        return read(text)
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"'{text}' is not a number of tokens such as 200000, 200k or 1.5M") from None
-    if number < 1:
-        raise typer.BadParameter(f"'{text}' is not a positive number of tokens")
-    return number
 
 
 def new_folder(path: Path | None) -> Path | None:

@@ -108,34 +108,6 @@ def loss(stage: Mapping[str, Any], key: str) -> str:
     return "-" if stage.get(key) is None else f"{stage[key]:.4g}"
 
 
-def evaluation(console: Console, measured: Mapping[str, Any]) -> None:
-    """Fidelity to the teacher, layer errors and recall."""
-    model, text = f"{measured['model']}  {measured['method']}", f"{measured['text']}  {measured['tokens']:,} tokens"
-    console.facts([("model", model), ("text", text)])
-    console.say()
-    console.table(
-        (Column("model"), *(Column(title, True) for title in ("perplexity", "ratio", "top-1", "KL", "state"))),
-        [(r["name"], figure(r["perplexity"]), figure(r["ratio"], 3), *fidelity(r)) for r in measured["rows"]],
-    )
-    if measured.get("layers"):
-        errors(console, measured["layers"])
-    if measured.get("recall"):
-        console.say()
-        console.table(
-            (Column("pass-key at", True), Column("student", True), Column("teacher", True), Column("window only", True)),
-            [
-                (f"{r['length']:,}", percent(r["student"]), percent(r.get("teacher")), percent(r.get("near_only")))
-                for r in measured["recall"]
-            ],
-        )
-    for note in measured.get("notes", ()):
-        console.say(f"note: {note}")
-
-
-def fidelity(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return percent(row["top1"]), figure(row["kl"], 4), size(row["state_bytes"])
-
-
 def errors(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     """The middle and the worst three of the layers' errors: thirty rows would hide them."""
     order = sorted(found, key=lambda layer: -layer["relative_error"])

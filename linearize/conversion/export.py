@@ -20,7 +20,7 @@ from linearize.conversion.hosts_fla import FLA
 from linearize.conversion.hosts_transformers import TRANSFORMERS
 from linearize.devices import pick_dtype
 from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
-from linearize.loading import load
+from linearize.loading import check_adapter_apart, load
 from linearize.modeling.modeling_linearized import PREFIX, attentions
 from linearize.modeling.spec import MixerSpec, Shape, plan_spec
 from linearize.opening import check
@@ -68,6 +68,7 @@ def export(
     if to not in HOSTS:
         raise UsageError(f"unknown target '{to}'", "--to", f"one of: {', '.join(HOSTS)}")
     config, where = check(directory), str(directory)
+    check_adapter_apart(directory)
     host = host_of(config, where, to)
     target = output or directory.with_name(f"{directory.name}-{to}")
     check_target(target, overwrite, directory.resolve())

@@ -22,7 +22,7 @@ def save(
     model: Any, tokenizer: Any, output: Path, *,
     overwrite: bool = False, recipe: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
 ) -> None:  # fmt: skip
-    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card, `files`, and the manifest."""
+    """Write a whole checkpoint: weights, config, tokenizer, runtime, resolved recipe, model card, `files` and folders, manifest."""
     plan = model.config.linearize
     bad = [name for name, p in model.named_parameters() if not finite(p)]
     if bad:
@@ -38,7 +38,7 @@ def save(
         card = plain_card(plan, f"AutoModel{head(type(model).__name__) or 'ForCausalLM'}")
         (stage / "README.md").write_text(card, encoding="utf-8")
         for path in files:
-            shutil.copyfile(path, stage / path.name)
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, stage / path.name)
 
 
 def plain_card(plan: Mapping[str, Any], auto: str) -> str:

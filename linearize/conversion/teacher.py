@@ -1,4 +1,4 @@
-"""The teacher of a checkpoint: the student itself with its mixers off, or the source model once a merge changed the weights."""
+"""The teacher of a checkpoint: the student itself with its mixers off, or the source model once an adapter changed the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from linearize.conversion.sources import resolve
 from linearize.devices import pick_device
 from linearize.errors import LinearizeError
 from linearize.evaluation.fidelity import window_alone
+from linearize.methods.base import ATTENTION
 from linearize.modeling.spec import MixerSpec
 
 
 def teacher_host(model: Any, plan: Mapping[str, Any], teacher: str | None, device: str) -> tuple[Any, str]:
-    """A model that can play the teacher and the bare window: the student itself until its weights were changed by a merge."""
-    if teacher is None and not any(stage.get("merged") for stage in plan["stages"]):
+    """A model that can play the teacher and the bare window: the student itself until an adapter changed its weights."""
+    if teacher is None and all(stage["kind"] == ATTENTION for stage in plan["stages"]):
         return model, ""
     try:
         where = teacher or _provenance(plan["source"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
-from linearize.conversion.architectures import ARCHITECTURES
+from linearize.conversion.architectures import ARCHITECTURES, SEPARATE
+from linearize.errors import UsageError
 from linearize.methods.base import Stage
 from linearize.modeling.modeling_linearized import PREFIX
+from linearize.modeling.spec import is_causal
 
 ALPHA_PER_RANK = 2
 
@@ -20,10 +23,12 @@ def add_adapter(model: Any, stage: Stage, seed: int) -> Any:
     """A peft model whose adapters sit on the stage's targets (q, k, v, o by default) of every converted layer."""
     import torch
 
-    family = ARCHITECTURES[model.config.model_type.removeprefix(PREFIX)]
-    letters = stage.targets or tuple(family.projections)
-    names = [f"{layer['module']}.{family.projections[letter]}" for layer in model.config.linearize["layers"] for letter in letters]
-    task = "CAUSAL_LM" if family.causal else None  # peft has none for masked language models
+    family = ARCHITECTURES.get(model.config.model_type.removeprefix(PREFIX))
+    modules = [layer["module"] for layer in model.config.linearize["layers"]]
+    known = dict(family.projections) if family else found_projections(model.get_submodule(modules[0]))
+    check_targets(stage, known, model)
+    names = list(dict.fromkeys(f"{module}.{known[letter]}" for module in modules for letter in stage.targets or known))
+    task = "CAUSAL_LM" if is_causal(model.config.linearize) else None  # peft has none for masked language models
     config = LoraConfig(
         r=stage.rank, lora_alpha=ALPHA_PER_RANK * stage.rank, lora_dropout=stage.dropout, target_modules=names, task_type=task
     )
@@ -44,9 +49,45 @@ def load_adapter(model: Any, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def save_adapter(model: Any, directory: Path) -> None:
-    """The adapter alone, in peft's own format."""
+def found_projections(attention: nn.Module) -> dict[str, str]:
+    """Letters and names of the projections of a family that has no entry: those with the usual names."""
+    there = {name for name, _ in attention.named_children()}
+    return {letter: name for letter, name in SEPARATE.items() if name in there}
+
+
+def check_targets(stage: Stage, known: Mapping[str, str], model: Any) -> None:
+    """UsageError for a target that is no projection of attention, an output head above all."""
+    where = f"stages.{stage.kind}.targets"
+    for letter in stage.targets:
+        if letter in known:
+            continue
+        if dict(model.named_modules()).get(letter, letter == "head") in (True, model.get_output_embeddings()):
+            tied = ", tied to the input embedding" if model.config.get_text_config().tie_word_embeddings else ""
+            raise UsageError(f"'{letter}' is the output head{tied}: it takes no adapter", where, _letters(known))
+        raise UsageError(f"no projection '{letter}'", where, _letters(known))
+
+
+def _letters(known: Mapping[str, str]) -> str:
+    fused = sorted({name for name in known.values() if list(known.values()).count(name) > 1})
+    note = f" ({', '.join(fused)} holds {''.join(letter for letter in known if known[letter] in fused)} in one)" if fused else ""
+    return f"any of {', '.join(known)}{note}"
+
+
+def save_adapter(model: Any, directory: Path, base: Path) -> None:
+    """The adapter alone, in peft's own format; `base` is the checkpoint that it belongs to."""
+    model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(str(directory))
+    (directory / "README.md").unlink(missing_ok=True)  # peft's card has nothing but gaps
+
+
+def attach(model: Any, directory: Path) -> Any:
+    """A peft model of a checkpoint and an adapter that was kept apart."""
+    return PeftModel.from_pretrained(model, str(directory))
+
+
+def without(model: Any) -> Any:
+    """The model with its adapters taken off."""
+    return model.unload()
 
 
 def merge(model: Any) -> Any:

@@ -1,81 +1,44 @@
-"""Losses by name. Layer losses compare one mixer with the attention it replaces; logit losses compare whole models.
-
-Layer losses take the mixer, its inputs and the target (B, T, H, V) and are a mean over rows, so that processes with equally
-many rows average to the loss of one process with them all. Logit losses return a sum over counted tokens.
-"""
+"""A stage's loss: names of the registries with factors, as in `kl + 0.1*ce`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from linearize.modeling.mixer import Inputs, Mixer
-
-ROW_BLOCK = 256
-LayerLoss = Callable[[Mixer, Inputs, Tensor], Tensor]
-
-
-def relative_mse(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
-    """sum ||y - y'||^2 / sum ||y||^2 of each row: deep layers, whose outputs are larger, do not drown the rest."""
-    output, _ = mixer(inputs)
-    target = target.float()
-    error = (output.float() - target).square().sum((1, 2, 3))
-    loss: Tensor = (error / target.square().sum((1, 2, 3)).clamp(min=1e-12)).mean()
-    return loss
+from linearize.distillation.layer_losses import LAYER_LOSSES, weighs_mass
+from linearize.distillation.logit_losses import LOGIT_LOSSES
+from linearize.errors import UsageError
+from linearize.methods.base import ATTENTION, Stage
+from linearize.modeling.spec import MixerSpec
 
 
-def mse(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
-    """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
-    output, _ = mixer(inputs)
-    return 1000 * F.mse_loss(output.float(), target.float())
+def terms(stage: Stage) -> dict[str, float]:
+    """Names and factors of a stage's loss. UsageError for what cannot be read, and names that its kind does not know."""
+    known: Mapping[str, object] = LAYER_LOSSES if stage.kind == ATTENTION else LOGIT_LOSSES
+    where, found = f"stages.{stage.kind}.loss", dict[str, float]()
+    for term in stage.loss.split("+"):
+        *factor, name = (part.strip() for part in term.split("*"))
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            fix = f"did you mean '{close[0]}'?" if close else f"one of: {', '.join(known)}"
+            raise UsageError(f"unknown loss '{name}'", where, fix)
+        try:
+            value = float(factor[0]) if factor else 1.0
+        except ValueError:
+            value = -1.0
+        if len(factor) > 1 or not 0 < value < float("inf") or name in found:
+            raise UsageError(f"cannot read the loss '{stage.loss}'", where, "write it as in: relative_mse + 0.1*mass")
+        found[name] = value
+    return found
 
 
-def weights(mixer: Mixer, inputs: Inputs, target: Tensor) -> Tensor:
-    """Cross-entropy of the teacher's attention weights (Hedgehog, section 4.2), for a mixer whose output is a mean of values.
-
-    -sum_i A_ti log A'_ti in blocks of queries, with A' = phi(q) phi(k) / sum phi(q) phi(k). A mixer with a near half,
-    gates or padding has weights of another form, and so has a teacher that slides or has learned sinks: the relative output
-    error is taken there.
-    """
-    plain = inputs.mask is None and inputs.score.sliding is None and inputs.score.null is None
-    if mixer.spec.has_near or mixer.spec.decay != "none" or not plain:
-        return relative_mse(mixer, inputs, target)
-    phi_q, phi_k = mixer.features(inputs)  # (B, M, R, T, K), (B, M, T, K)
-    time, repeats = phi_k.shape[2], phi_q.shape[1] * phi_q.shape[2] // inputs.k.shape[1]
-    q, k = inputs.q.float(), inputs.k.float().repeat_interleave(repeats, dim=1)
-    keys = torch.arange(time, device=q.device)
-    total = q.new_zeros(())
-    for start in range(0, time, ROW_BLOCK):
-        block = slice(start, min(start + ROW_BLOCK, time))
-        seen = block.stop if mixer.spec.causal else time
-        later = (keys[:seen] > keys[block, None]) & mixer.spec.causal
-        if inputs.segments is not None:  # packed documents do not see each other
-            other = inputs.segments[:, None, block, None] != inputs.segments[:, None, None, :seen]
-            later = later | other
-        teacher = inputs.score(q[:, :, block], k[:, :, :seen]).masked_fill(later, -torch.inf).softmax(-1)
-        student = phi_q[..., block, :] @ phi_k[:, :, None, :seen].transpose(-1, -2)
-        student = student.flatten(1, 2).masked_fill(later, 0)
-        log_ratio = student.clamp(min=1e-12).log() - student.sum(-1, keepdim=True).clamp(min=1e-12).log()
-        total = total - (teacher * log_ratio.masked_fill(later, 0)).sum()
-    return total / (q.shape[0] * q.shape[1] * time)
-
-
-LAYER_LOSSES: dict[str, LayerLoss] = {"relative_mse": relative_mse, "mse": mse, "weights": weights}
-
-
-def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_t KL(teacher || student) over tokens (N, vocabulary), times temperature squared (Hinton et al. 2015)."""
-    total = student.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(student), ROW_BLOCK):
-        own = (student[start : start + ROW_BLOCK].float() / temperature).log_softmax(-1)
-        other = (teacher[start : start + ROW_BLOCK].float() / temperature).log_softmax(-1)
-        total = total + F.kl_div(own, other, log_target=True, reduction="sum")
-    return total * temperature**2
-
-
-def ce(student: Tensor, targets: Tensor) -> Tensor:
-    """sum_t -log p(target) over tokens (N, vocabulary)."""
-    return F.cross_entropy(student.float(), targets, reduction="sum")
+def check_losses(stages: Iterable[Stage], layers: Iterable[Mapping[str, Any]]) -> None:
+    """UsageError for a loss that cannot be read, or that a mixer of these layers does not have."""
+    mixers = [(layer["module"], MixerSpec.from_dict(layer["mixer"])) for layer in layers]
+    for stage in stages:
+        if "mass" in terms(stage):
+            for module, spec in mixers:
+                if not weighs_mass(spec):
+                    what = "the loss 'mass' needs a window and a memory that share one denominator"
+                    raise UsageError(what, module, "another loss, or convert with --set merge=denominator")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,25 +18,27 @@ from linearize.conversion.saving import save
 from linearize.distillation import lora
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
+from linearize.distillation.losses import check_losses
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
 from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
 from linearize.distillation.streaming_model import Skeleton
-from linearize.documents import BUILTIN, chat_of, documents
+from linearize.documents import Chat, chat_of, documents
 from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.evaluation.recall_rows import mixed
-from linearize.loading import load
-from linearize.methods.base import Stage
-from linearize.methods.layout import stages_of
+from linearize.loading import ADAPTER, check_adapter_apart, load
+from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, Stage
 from linearize.modeling.spec import is_causal
 from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
+from linearize.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SEQUENCE = 1024
-KINDS = ("attention", "lora", "all")
+ALL = "all"
+UNFITTED = "the mixers were never fitted to their layers: stage attention first costs far fewer tokens"
+RowsOf = Callable[[Stage], text.Packed]
 
 
 @dataclass(frozen=True)
@@ -55,77 +57,113 @@ class Distilled:
 def distill(
     directory: Path,
     *,
-    data: str = BUILTIN,
-    recall: float = 0.0,
+    data: str | Sequence[str] | None = None,
+    recall: float | None = None,
     tokens: int | None = None,
     stage: str = "all",
+    recipe: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
     output: Path | None = None,
     resume: bool = False,
-    seed: int = 0,
-    sequence: int = SEQUENCE,
-    batch: int = 1,
+    seed: int | None = None,
+    sequence: int | None = None,
+    batch: int | None = None,
     device: str = "auto",
     save_every: int | None = None,
     keep: int = 2,
-    dropout: float | None = None,
+    merge: bool = True,
     report_to: Sequence[str] = (),
     streaming: Streaming | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
-    """Train the mixers (stage attention), then LoRA (stage lora), and write the merged checkpoint to `output`.
+    """Train the mixers (stage attention), then LoRA (lora, long), and write the checkpoint to `output`.
 
-    A share `recall` of the rows is synthetic: something is hidden in text and asked for at the end (a decoder's task).
-    `tokens` is the budget of each stage (default: the method's own). `batch` rows of `sequence` tokens a step and process.
+    What is learnt from what is the `recipe` (as `recipe.read` gives it), with `sets` such as stages.lora.rank=4 over it; without
+    one it is the method's own. Over both go `data` (one source or several), the share `recall` of synthetic rows in which
+    something is hidden and asked for at the end (a decoder's task), the budget `tokens` of each stage, the kind of `stage`,
+    and `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
-    `resume` goes on from the last one where there is one. `dropout` is that of LoRA's inputs (default: the method's own).
+    `resume` goes on from the last one where there is one. Without `merge` the adapter stays apart, in `output`/adapter.
     `streaming` runs stage attention a few layers at a time, for a model that does not fit in memory.
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
     """
-    if stage not in KINDS:
-        raise UsageError(f"unknown stage '{stage}'", "--stage", f"one of: {', '.join(KINDS)}")
     plan = check(directory)["linearize"]
-    if recall:
+    sources = (data,) if isinstance(data, str) else data
+    told = {"data": sources, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
+    made = recipe_of(recipe, sets, plan["method"])
+    made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
+    chosen = stages_for(made, stage, tokens)
+    check_losses(chosen, plan["layers"])
+    if made.recall:
         need_decoder(plan, str(directory), "recall rows are")
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
-    training, _ = text.split(documents(data, chat_of(AutoTokenizer.from_pretrained(directory))))
+    check_adapter_apart(directory)
+    training = training_documents(made.data, chat_of(AutoTokenizer.from_pretrained(directory)))
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
     if streaming is None:
         model, tokenizer = load(directory, device=str(accelerator.device))
     else:
-        check_streaming(stage, accelerator.num_processes)
+        check_streaming(chosen, accelerator.num_processes)
         skeleton = Skeleton(directory, accelerator.device, target.with_name(f"{target.name}.weights"))
         model, tokenizer = skeleton.model, AutoTokenizer.from_pretrained(directory)
-    chosen = stages_for(plan, stage, tokens)
-    chosen = [s if dropout is None else replace(s, dropout=dropout) for s in chosen]
-    sequence = min(sequence, plan.get("max_positions") or sequence)
-    encoded = text.tokenise(tokenizer, training)
-    rows = text.pack(encoded, sequence) if is_causal(plan) else text.framed(tokenizer, encoded, sequence)
-    rows = mixed(rows, recall, tokenizer, encoded, seed)
-    check_encoder(model, chosen, rows, str(directory))
+    rows = Rows(made, plan, tokenizer, text.tokenise(tokenizer, training))
+    check_encoder(model, chosen, rows.mask_token, str(directory))
+    for chosen_stage in chosen:
+        rows(chosen_stage)
     check_begun(run, streaming, resume, overwrite)
     begin_run(accelerator, run, resume, overwrite)
-    facts = {"data": data, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
-    facts |= {"processes": accelerator.num_processes, "dropout": [s.dropout for s in chosen]}
+    facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
+    facts |= {"processes": accelerator.num_processes}
     if report_to:
-        told = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
-        accelerator.init_trackers(target.name, {"method": plan["method"], **told})
+        shown = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
+        accelerator.init_trackers(target.name, {"method": plan["method"], **shown})
     teller = progress if accelerator.is_main_process else silent
-    how: Any = {"batch": batch, "seed": seed, "resume": resume, "saving": Saving(save_every, keep), "progress": teller}
+    how: Any = {"batch": made.batch, "seed": made.seed, "resume": resume, "saving": Saving(save_every, keep), "progress": teller}
     if streaming is None:
         found = train_stages(accelerator, model, chosen, rows, run, facts, **how)
     else:
-        reports = stream_attention(accelerator, skeleton, chosen[0], rows, run, facts, streaming=streaming, **how)
+        listed = {**facts, "stages": [_listed(chosen[0])]}
+        reports = stream_attention(accelerator, skeleton, chosen[0], rows(chosen[0]), run, listed, streaming=streaming, **how)
         found = Trained(skeleton.whole(), reports)
-    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite)
+    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite, merge)
     if streaming is not None:
         skeleton.close()
     if report_to:
         accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
+
+
+def training_documents(sources: Sequence[str], chat: Chat) -> list[str]:
+    """The training side of every source's own split, so that what is held out of one stays so beside others."""
+    return [document for source in sources for document in text.split(documents(source, chat))[0]]
+
+
+@dataclass
+class Rows:
+    """The rows that a stage learns from, by their length."""
+
+    recipe: Recipe
+    plan: Mapping[str, Any]
+    tokenizer: Any
+    encoded: list[list[int]]
+    made: dict[int, text.Packed] = field(default_factory=dict)
+
+    def __call__(self, stage: Stage) -> text.Packed:
+        length = stage.sequence or self.recipe.sequence
+        length = min(length, self.plan.get("max_positions") or length)
+        if length not in self.made:
+            causal = is_causal(self.plan)
+            rows = text.pack(self.encoded, length) if causal else text.framed(self.tokenizer, self.encoded, length)
+            self.made[length] = mixed(rows, self.recipe.recall, self.tokenizer, self.encoded, self.recipe.seed)
+        return self.made[length]
+
+    @property
+    def mask_token(self) -> int | None:
+        return None if is_causal(self.plan) else self.tokenizer.mask_token_id
 
 
 @dataclass
@@ -134,24 +172,29 @@ class Trained:
     stages: list[dict[str, Any]]
 
 
-def stages_for(plan: Mapping[str, Any], wanted: str, tokens: int | None) -> list[Stage]:
-    """The method's stages of that kind, with the budget that was asked for."""
-    every = stages_of(plan["method"])
-    own = [s for s in every if wanted in ("all", s.kind)]
+def stages_for(recipe: Recipe, wanted: str = ALL, tokens: int | None = None) -> list[Stage]:
+    """The recipe's stages of that kind, with the budget that was asked for."""
+    if wanted not in (ALL, *KINDS):
+        raise UsageError(f"unknown stage '{wanted}'", "--stage", f"one of: {', '.join((*KINDS, ALL))}")
+    own = [s for s in recipe.stages if wanted in (ALL, s.kind)]
+    if not own and wanted == LONG:
+        own = [LONG_STAGE]
     if not own:
-        kinds = ", ".join(s.kind for s in every)
-        raise UsageError(f"method {plan['method']} has no stage '{wanted}'", "--stage", f"its stages: {kinds}")
+        kinds = ", ".join(s.kind for s in recipe.stages)
+        raise UsageError(f"method {recipe.method} has no stage '{wanted}'", "--stage", f"its stages: {kinds}")
     return [replace(s, tokens=tokens) if tokens else s for s in own]
 
 
-def check_encoder(model: Any, stages: list[Stage], rows: text.Packed, where: str) -> None:
+def check_encoder(model: Any, stages: list[Stage], mask_token: int | None, where: str) -> None:
     """UnsupportedError where an encoder is to learn from logits, but predicts no hidden tokens or has no token to hide others."""
-    if is_causal(model.config.linearize) or all(stage.kind == "attention" for stage in stages):
+    if is_causal(model.config.linearize) or all(stage.kind == ATTENTION for stage in stages):
         return
+    if any(stage.kind == LONG for stage in stages):
+        raise UnsupportedError("stage long predicts the next token, which an encoder does not", where, "--stage attention, or lora")
     if not model.config.architectures[0].endswith("ForMaskedLM"):
         fix = "--stage attention, then fine-tune it on its task with transformers' Trainer"
         raise UnsupportedError(f"stage lora predicts hidden tokens, which {model.config.architectures[0]} does not", where, fix)
-    if rows.mask_token is None:
+    if mask_token is None:
         raise UnsupportedError("stage lora hides tokens, and this tokenizer has no mask token", where, "--stage attention")
 
 
@@ -169,12 +212,13 @@ def begin_run(accelerator: Accelerator, run: Path, resume: bool, overwrite: bool
 
 
 def train_stages(
-    accelerator: Accelerator, model: Any, stages: list[Stage], rows: text.Packed, run: Path, facts: dict[str, Any], *,
+    accelerator: Accelerator, model: Any, stages: list[Stage], rows: RowsOf, run: Path, facts: dict[str, Any], *,
     batch: int = 1, seed: int = 0, resume: bool = False, saving: Saving = BY_TIME, deadline: float | None = None,
     progress: Progress = silent,
 ) -> Trained:  # fmt: skip
     """Run the stages in order on one model. `deadline` (time.monotonic) ends the last stage early."""
     done: list[dict[str, Any]] = []
+    facts = {**facts, "stages": [_listed(stage) for stage in stages]}
     saved = latest_state(run) if resume else None
     at = int(saved[0]["stage"]) if saved else 0
     for number, stage in enumerate(stages):
@@ -182,7 +226,7 @@ def train_stages(
             _restore_stage(model, saved, done)
             continue
         model, report = train_stage(
-            accelerator, model, stage, number, rows, run, {**facts, "tokens": [s.tokens for s in stages]},
+            accelerator, model, stage, number, rows(stage), run, facts,
             batch=batch, seed=seed, resume=resume and number == at, saving=saving, deadline=deadline, done=list(done),
             progress=progress,
         )  # fmt: skip
@@ -206,18 +250,22 @@ def train_stage(
     accelerator: Accelerator, model: Any, stage: Stage, number: int, rows: text.Packed, run: Path, facts: dict[str, Any], *,
     batch: int, seed: int, resume: bool, saving: Saving, deadline: float | None, done: list[dict[str, Any]], progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """One stage; returns the model (wrapped by peft after a lora stage) and its report."""
+    """One stage; returns the model (wrapped by peft after a stage with LoRA) and its report."""
     model.requires_grad_(False)
-    if stage.kind == "attention":
+    fitted = any(one["kind"] == ATTENTION for one in [*model.config.linearize["stages"], *done])
+    note = "" if stage.kind == ATTENTION or fitted or not mixer_parameters(model) else UNFITTED
+    if stage.kind == ATTENTION:
         trained = {"mixers": mixer_parameters(model)}
     else:
-        model = lora.add_adapter(model, stage, seed)
+        model = model if hasattr(model, "merge_and_unload") else lora.add_adapter(model, stage, seed)
         trained = {"lora": lora_parameters(model)}
         if stage.mixer_lr:
             trained["mixers"] = mixer_parameters(model)
     rates = {"mixers": stage.mixer_lr or stage.lr, "lora": stage.lr}
     trained = {group: params for group, params in trained.items() if params}
-    report: dict[str, Any] = {"kind": stage.kind, "loss": stage.loss, **facts, "trained": [], "merged": stage.kind == "lora"}
+    run_facts = {key: x for key, x in facts.items() if key != "stages"}
+    report: dict[str, Any] = {**_listed(stage), **run_facts, "trained": [], "merged": stage.kind != ATTENTION}
+    report |= {"sequence": rows.ids.shape[1]} | ({"note": note} if note else {})
     for group, params in trained.items():
         count = sum(p.numel() for p in params.values())
         dtype = str(next(iter(params.values())).dtype).removeprefix("torch.")
@@ -226,7 +274,7 @@ def train_stage(
             p.requires_grad_(True)
     if not trained:
         return model, {**report, "tokens": 0, "steps": 0, "note": "the method has no parameter to transfer"}
-    progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"])
+    progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"], loss=stage.loss, **({"note": note} if note else {}))
     every = {name: p for params in trained.values() for name, p in params.items()} | mixer_parameters(model)
     trainer = Trainer(
         accelerator, run, number, stage.kind,
@@ -235,7 +283,7 @@ def train_stage(
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
         before=sum(int(report["steps"]) for report in done), named=every, task=_task(accelerator, model, stage, rows.mask_token),
         schedule=_schedule(accelerator, rows, stage, seed, batch),
-        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == "attention", saving=saving, deadline=deadline,
+        facts=facts, done=done, progress=progress, reduce_gradients=stage.kind == ATTENTION, saving=saving, deadline=deadline,
     )  # fmt: skip
     result = trainer.train(resume)
     result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
@@ -252,23 +300,37 @@ def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: i
 
 
 def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Task:
-    if stage.kind == "attention":
+    if stage.kind == ATTENTION:
         return AttentionTransfer(model, stage)
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
     return LogitDistillation(accelerator, wrapped, model, stage, mask_token)
 
 
+def _listed(stage: Stage) -> dict[str, Any]:
+    """A stage as JSON has it."""
+    return {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(stage).items()}
+
+
 def finish(
     accelerator: Accelerator, model: Any, tokenizer: Any, reports: list[dict[str, Any]], facts: Mapping[str, Any],
-    target: Path, run: Path, overwrite: bool,
+    target: Path, run: Path, overwrite: bool, merge: bool = True,
 ) -> None:  # fmt: skip
-    """Merge the adapters, record the stages in the plan, write the checkpoint, and only then remove the run's state."""
+    """Merge the adapter or set it apart, record the stages in the plan, write the checkpoint, only then remove the run's state."""
+    adapter = None
     if hasattr(model, "merge_and_unload"):
-        model = lora.merge(model)
+        if merge:
+            model = lora.merge(model)
+        else:
+            adapter = run / ADAPTER
+            if accelerator.is_main_process:
+                lora.save_adapter(model, adapter, target)
+            model = lora.without(model)
+            reports = [{**report, "merged": False} for report in reports]
     model.config.linearize = {**model.config.linearize, "stages": [*model.config.linearize["stages"], *reports]}
     if accelerator.is_main_process:
         recipe = {"stages": reports, **facts, "written": time.strftime("%Y-%m-%d")}
-        save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=[run / "metrics.jsonl"])
+        files = [run / "metrics.jsonl", *([adapter] if adapter else [])]
+        save(model, tokenizer, target, overwrite=overwrite, recipe=recipe, files=files)
         end_run(run)
     accelerator.wait_for_everyone()
 

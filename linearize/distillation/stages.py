@@ -1,9 +1,10 @@
-"""The two kinds of stage: attention transfer layer by layer, and LoRA against the teacher's logits."""
+"""What a stage does with rows: attention transfer layer by layer, or the whole student against its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from linearize.conversion.calibration import few_logits
 from linearize.distillation.guard import drawn
-from linearize.distillation.losses import LAYER_LOSSES, ce, kl
+from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
+from linearize.distillation.logit_losses import LOGIT_LOSSES, NEEDS_TEACHER, LogitCall
+from linearize.distillation.losses import terms
 from linearize.methods.base import Stage
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs
-from linearize.modeling.modeling_linearized import mode, observed
+from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.modeling.spec import MixerSpec
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,16 +42,49 @@ def first_position(model: Any) -> int:
     return int(model.config.linearize.get("first_position") or 0)
 
 
+def drawn_window(stage: Stage, window: int) -> int:
+    """A window for one step: now and then a single token, else one between the stage's smallest and the mixer's own."""
+    if not window or not (stage.window_min or stage.window_dropout):
+        return window
+    if float(torch.rand(())) < stage.window_dropout:
+        return 1
+    low = min(stage.window_min or window, window)
+    return int(torch.randint(low, window + 1, ()))
+
+
+@contextmanager
+def narrowed(mixers: list[Mixer], stage: Stage) -> Iterator[None]:
+    """Mixers with a drawn window, the same for all of one size, so that the memory behind it is used."""
+    kept = [mixer.spec for mixer in mixers]
+    drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec in kept})}
+    try:
+        for mixer, spec in zip(mixers, kept, strict=True):
+            mixer.spec = replace(spec, window=drawn[spec.window])
+        yield
+    finally:
+        for mixer, spec in zip(mixers, kept, strict=True):
+            mixer.spec = spec
+
+
+def token_weight(stage: Stage, specs: Iterable[MixerSpec], positions: Tensor) -> Tensor | None:
+    """far_weight for tokens that have others beyond some mixer's sinks and window, 1 for the rest (B, T); None: all are alike."""
+    if stage.far_weight == 1:
+        return None
+    reach = min(spec.sinks + spec.window for spec in specs)
+    return torch.where(positions >= reach, stage.far_weight, 1.0)
+
+
 class AttentionTransfer:
     """Each mixer learns its layer's attention on the teacher's own inputs: one backward pass a layer, freed at once."""
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
-        self.model, self.loss = model, LAYER_LOSSES[stage.loss]
+        self.model, self.stage, self.terms = model, stage, terms(stage)
         self.by_layer: dict[int, float] = {}
+        self.positions: Tensor
 
     def backward(self, ids: Tensor, positions: Tensor) -> float:
         """Adds the gradients of every mixer; returns the mean loss over layers."""
-        self.by_layer = {}
+        self.by_layer, self.positions = {}, positions
         with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
             self.read(ids, positions)
         return sum(self.by_layer.values()) / len(self.by_layer)
@@ -57,9 +94,13 @@ class AttentionTransfer:
         self.model(input_ids=ids, position_ids=positions + first_position(self.model), **few_logits(self.model))
 
     def _observe(self, attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        mixer: Mixer = attention.linearize
+        weight = token_weight(self.stage, [mixer.spec], self.positions)
         # what a layer draws does not depend on which layers run before it
-        with torch.enable_grad(), drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index):
-            loss = self.loss(attention.linearize, inputs, target)
+        own = drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index)
+        with torch.enable_grad(), own, narrowed([mixer], self.stage):
+            call = LayerCall(mixer, inputs, target, weight)
+            loss = torch.stack([factor * LAYER_LOSSES[name](call) for name, factor in self.terms.items()]).sum()
             if loss.requires_grad:
                 loss.backward()
         self.by_layer[attention.linearize_index] = float(loss.detach())
@@ -75,29 +116,41 @@ class LogitDistillation:
 
     def __init__(self, accelerator: Accelerator, wrapped: nn.Module, model: Any, stage: Stage, mask_token: int | None) -> None:
         self.accelerator, self.wrapped, self.model, self.stage = accelerator, wrapped, model, stage
-        self.mask_token = mask_token
+        self.terms, self.mask_token = terms(stage), mask_token
+        self.mixers = [attention.linearize for attention in attentions(model)]
         # transformers' own encoders do not tell packed documents apart, the teacher under observation does
         self.teacher = "teacher" if mask_token is None else "observe"
         self.options = {"use_cache": False} if mask_token is None else {}
+        if "hidden" in self.terms:
+            self.options["output_hidden_states"] = True
 
     def backward(self, ids: Tensor, positions: Tensor) -> float:
-        """Loss by the global number of target tokens; adds the gradients; returns this process's share of the loss."""
+        """Loss by the global weight of target tokens; adds the gradients; returns this process's share of the loss."""
         inputs, targets, counted = self.task(ids, positions)
-        positions = positions + first_position(self.model)
-        tokens = counted.sum().clamp(min=1)
-        share = self.accelerator.reduce(tokens.float(), "mean")
+        given = {"input_ids": inputs, "position_ids": positions + first_position(self.model), **self.options}
+        weight = token_weight(self.stage, [mixer.spec for mixer in self.mixers], positions)
+        weight = counted[counted].float() if weight is None else weight[counted]
+        share = self.accelerator.reduce(weight.sum(), "mean").clamp(min=1e-12)
         teacher = None
-        if self.stage.loss == "kl":
+        if NEEDS_TEACHER & self.terms.keys():
             with torch.no_grad(), self._without_adapters(), mode(self.model, self.teacher):
-                teacher = self.model(input_ids=inputs, position_ids=positions, **self.options).logits[counted]
-        student = self.wrapped(input_ids=inputs, position_ids=positions, **self.options).logits[counted]
-        targets = targets[counted]
-        loss = ce(student, targets) * (self.stage.ce_weight if teacher is not None else 1.0)
-        if teacher is not None:
-            loss = loss + kl(student, teacher)
-        loss = loss / share
-        self.accelerator.backward(loss)
+                teacher = self.model(**given)
+        with narrowed(self.mixers, self.stage):
+            student = self.wrapped(**given)
+            call = LogitCall(
+                student.logits[counted], targets[counted], weight, None if teacher is None else teacher.logits[counted],
+                self.stage.temperature, self._hidden(student, teacher, counted),
+            )  # fmt: skip
+            loss = torch.stack([factor * LOGIT_LOSSES[name](call) for name, factor in self.terms.items()]).sum() / share
+            self.accelerator.backward(loss)
         return float(loss.detach())
+
+    def _hidden(self, student: Any, teacher: Any, counted: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Hidden states after each layer (N, hidden), student's and teacher's, where the loss looks at them."""
+        if "hidden" not in self.terms:
+            return []
+        pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+        return [(own[counted], other[counted]) for own, other in pairs]
 
     def task(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the model reads, what it is to say at each token, and which tokens count, each (B, T)."""

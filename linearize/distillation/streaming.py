@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from linearize.distillation.state import check_same, latest_state
 from linearize.distillation.streaming_cache import LayerInputs, row_keys
 from linearize.distillation.streaming_model import Skeleton
 from linearize.errors import InputError, IntegrityError, ResourceError, UsageError
-from linearize.methods.base import Stage
+from linearize.methods.base import ATTENTION, Stage
 from linearize.modeling.modeling_linearized import mode
 from linearize.progress import Progress
 from linearize.text import Packed
@@ -52,11 +52,11 @@ class Streaming:
     cache: float | None = None
 
 
-def check_streaming(stage: str, processes: int) -> None:
+def check_streaming(stages: Sequence[Stage], processes: int) -> None:
     """UsageError for what is not done layer by layer."""
-    if stage != "attention":
-        what = "only stage attention runs a few layers at a time"
-        raise UsageError(what, f"--stream-layers with --stage {stage}", "--stage attention")
+    if [stage.kind for stage in stages] != [ATTENTION]:
+        what = "only one stage attention runs a few layers at a time"
+        raise UsageError(what, f"--stream-layers with {', '.join(stage.kind for stage in stages)}", "--stage attention")
     if processes > 1:
         raise UsageError(f"layers are streamed by one process, not {processes}", "--stream-layers", "start it without a launcher")
 
@@ -79,18 +79,21 @@ def stream_attention(
     accelerator: Accelerator, skeleton: Skeleton, stage: Stage, rows: Packed, run: Path, facts: Mapping[str, Any], *,
     streaming: Streaming, batch: int, seed: int, resume: bool, saving: Saving, progress: Progress,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Train the mixers of every block in turn; afterwards the skeleton reads them too. Returns the stage's report."""
-    whole = {**facts, "tokens": [stage.tokens]}
+    """Train the mixers of every block in turn; afterwards the skeleton reads them too. Returns the stage's report.
+
+    `facts` are those of the run, with the stage as it is listed in `stages`.
+    """
     schedule = Schedule(rows, max(round(stage.tokens / (batch * rows.ids.shape[1])), 1), seed, 1, 0, batch)
     mixers = skeleton.mixers(range(len(skeleton.layers)))
-    report: dict[str, Any] = {"kind": stage.kind, "loss": stage.loss, **whole, "trained": [], "merged": False}
+    plain = {key: x for key, x in facts.items() if key != "stages"}
+    report: dict[str, Any] = {**facts["stages"][0], **plain, "trained": [], "merged": False, "sequence": rows.ids.shape[1]}
     if not mixers:
         return [{**report, "tokens": 0, "steps": 0, "note": "the method has no parameter to transfer"}]
     rate = stage.mixer_lr or stage.lr
     count = sum(p.numel() for p in mixers.values())
     report["trained"].append({"group": "mixers", "parameters": count, "dtype": "float32", "lr": rate})
     blocks = Blocks(
-        accelerator, skeleton, stage, schedule, run, {**whole, "stream_layers": streaming.layers}, saving, progress, rate
+        accelerator, skeleton, stage, schedule, run, {**facts, "stream_layers": streaming.layers}, saving, progress, rate
     )
     blocks.begin(streaming, resume)
     progress(f"distill: {stage.kind}", 0, 1, trained=report["trained"])

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from linearize import text
-from linearize.evaluation.perplexity import Variant, compare
-from linearize.evaluation.recall import retrieval
-from linearize.methods.calibration import relative_error
-from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs
-from linearize.modeling.modeling_linearized import ablated, attentions, mode, observed, replaced
+from linearize.evaluation.environment import environment
+from linearize.evaluation.intervals import draws
+from linearize.evaluation.layers import layer_errors
+from linearize.evaluation.perplexity import LOSS, POSITION_BLOCK, TOKENS, Sums, compare, figures
+from linearize.evaluation.reading import Variant
+from linearize.evaluation.recall import Grid, by_length, retrieval
+from linearize.evaluation.samples import side_by_side
+from linearize.evaluation.speed import speed
+from linearize.evaluation.texts import Texts
+from linearize.modeling.modeling_linearized import ablated, attentions, mode, replaced
 from linearize.modeling.spec import MixerSpec, Shape
 from linearize.progress import Progress, silent
 
 BASELINE_WINDOW, BASELINE_SINKS = 64, 4
 LENGTH = 1024
-RECALL_LENGTHS, RECALL_SAMPLES = (256, 512, 1024), 4
+FEW = 8  # documents
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The fidelity table and what explains it."""
+    """The fidelity table and what explains it; what was not measured is empty."""
 
     model: str
     method: str
@@ -33,7 +36,14 @@ class Evaluation:
     tokens: int
     rows: list[dict[str, Any]]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    positions: list[dict[str, Any]] = field(default_factory=list)
     recall: list[dict[str, Any]] = field(default_factory=list)
+    recall_by_length: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    documents: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,6 +51,16 @@ class Evaluation:
 
     def row(self, name: str) -> dict[str, Any]:
         return next(row for row in self.rows if row["name"] == name)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an evaluation measures beside the table: recall, continuations, speed at these lengths."""
+
+    recall: Grid | None = None
+    samples: bool = False
+    speed: tuple[int, ...] = ()
+    seed: int = 0
 
 
 def held_out_rows(tokenizer: Any, docs: list[str], tokens: int, length: int = LENGTH) -> text.Packed:
@@ -69,13 +89,18 @@ def window_for(spec: MixerSpec, shape: Shape, budget: int) -> int:
     return max((budget - fixed) // token, 1)
 
 
+def teacher_of(host: Any) -> Variant:
+    """The host with its mixers off."""
+    return Variant("teacher", host, lambda: mode(host, "teacher"))
+
+
 def variants_of(model: Any, host: Any) -> list[Variant]:
     """Teacher first (where there is one), then the student, its halves, and the windows alone."""
     mixers = [attention.linearize for attention in attentions(model)]
     shape, layers = mixers[0].shape, len(mixers)
     spec = next((m.spec for m in mixers if m.spec.has_near), mixers[0].spec)  # in a hybrid, of a layer with a window
     total = sum(m.spec.state_bytes(shape) for m in mixers)
-    found = [Variant("teacher", host, lambda: mode(host, "teacher"))] if host is not None else []
+    found = [teacher_of(host)] if host is not None else []
     found.append(Variant("student", model, state_bytes=total))
     if spec.has_near and any(m.spec.has_far for m in mixers):
         found.append(Variant("student, far memory off", model, lambda: ablated(model, "far")))
@@ -94,50 +119,69 @@ def variants_of(model: Any, host: Any) -> list[Variant]:
 
 
 def evaluate_model(
-    model: Any, host: Any, tokenizer: Any, rows: text.Packed, name: str, source: str, *,
-    recall: bool = True, seed: int = 0, notes: list[str] | None = None, progress: Progress = silent,
+    model: Any, host: Any, tokenizer: Any, texts: Texts, name: str, source: str, *,
+    parts: Parts | None = None, docs: Sequence[str] = (), notes: Sequence[str] = (), progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
-    """The table for a model in memory; `host` plays the teacher (see `teacher_host`) or is None."""
+    """The table for a model in memory; `host` plays the teacher (see `teacher_host`) or is None. `docs` surround what is hidden."""
+    parts, taught = parts or Parts(), host is not None
     variants = variants_of(model, host)
-    sums = compare(variants, rows, lambda done, total: progress("evaluate", done, total))
-    first = sums[0].perplexity if host is not None else None
-    table = [
-        {
-            "name": v.name,
-            "perplexity": s.perplexity,
-            "ratio": s.perplexity / first if first else None,
-            "top1": s.agree / s.tokens if first else None,
-            "kl": s.divergence / s.tokens if first else None,
-            "state_bytes": v.state_bytes,
-        }
-        for v, s in zip(variants, sums, strict=True)
-    ]
-    found = []
-    if recall:
-        names = {"teacher": "teacher", "student": "student"}
-        chosen = {names[v.name]: v for v in variants if v.name in names}
-        alone = next((v for v in variants if v.name.endswith("alone")), None)
-        chosen |= {"near_only": alone} if alone is not None else {}
-        found = retrieval(
-            chosen, tokenizer, RECALL_LENGTHS, RECALL_SAMPLES, seed, lambda done, total: progress("recall", done, total)
-        )
-    layers = layer_errors(model, host, rows) if host is model else []
+    sums = compare(variants, texts.rows, partial(progress, "evaluate"))
+    table, positions = tabulate(variants, sums, texts, taught, parts.seed)
+    chosen = {v.name: v for v in variants if v.name in ("teacher", "student")}
+    alone = [v for v in variants if v.name.endswith("alone")]
+    window = max((a.linearize.spec.window for a in attentions(model)), default=0) or BASELINE_WINDOW
+    recall, said, measured = [], list[dict[str, Any]](), dict[str, Any]()
+    if parts.recall is not None:
+        asked = chosen | {v.name: v for v in alone[-1:]}
+        recall = retrieval(asked, tokenizer, docs, parts.recall, window, partial(progress, "recall"))
+    if parts.samples:
+        said, rates = side_by_side(list(chosen.values()), tokenizer, texts, partial(progress, "continue"))
+        table = [{**row, "repetition": rates.get(row["name"])} for row in table]
+    if parts.speed:
+        measured = speed(chosen, parts.speed, model.config.vocab_size, partial(progress, "speed"))
+    teacher = variants[0].context if taught else None
+    longest = max(texts.rows, key=lambda row: row.ids.shape[1])
+    layers = layer_errors(model, host, teacher, longest)
     return Evaluation(
-        name, model.config.linearize["method"], source, sums[0].tokens, table, layers, found, [*(notes or []), *remarks(table)]
-    )
+        name, model.config.linearize["method"], source, sums[0].tokens, table, layers, positions, recall,
+        by_length(recall), said, measured, documents=len(set(texts.documents)), environment=environment(model, parts.seed),
+        notes=[*notes, *few(texts), *remarks(table)],
+    )  # fmt: skip
 
 
-def layer_errors(model: Any, host: nn.Module, rows: text.Packed) -> list[dict[str, Any]]:
-    """Each layer's relative output error on the teacher's own inputs, over one row."""
-    found: list[dict[str, Any]] = []
+def tabulate(
+    variants: Sequence[Variant], sums: Sequence[Sums], texts: Texts, taught: bool, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The table's rows over all tokens, and each variant's figures by range of positions, with a finer curve to draw."""
+    weights = draws(texts.documents, seed)
+    everything = [s.between(0, texts.longest) for s in sums]
+    table = [
+        {"name": v.name, **figures(cells, everything[0] if taught else None, weights), "state_bytes": v.state_bytes}
+        for v, cells in zip(variants, everything, strict=True)
+    ]
+    positions = []
+    for v, s in zip(variants, sums, strict=True):
+        buckets = []
+        for first, last in texts.buckets():
+            cells, teacher = s.between(first, last), sums[0].between(first, last) if taught else None
+            used = {d for d, row in zip(texts.documents, cells, strict=True) if row[TOKENS] > 0}
+            where = {"from": first, "to": last, "documents": len(used), "tokens": int(cells[:, TOKENS].sum())}
+            buckets.append({**where, **figures(cells, teacher, weights)})
+        positions.append({"name": v.name, "buckets": buckets, "curve": curve(s, texts.longest)})
+    return table, positions
 
-    def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        output, _ = attention.linearize(inputs)
-        found.append({"index": attention.linearize_index, "relative_error": float(relative_error(output, target).mean())})
 
-    with torch.no_grad(), observed(host, observe), mode(host, "observe"):
-        host(rows.ids[:1].to(model.device), position_ids=rows.positions[:1].to(model.device), logits_to_keep=1)
-    return found
+def curve(sums: Sums, longest: int) -> list[tuple[int, float]]:
+    """Nats a token by position: the last of each bin of 256, and its mean loss."""
+    ends = range(POSITION_BLOCK, longest + POSITION_BLOCK, POSITION_BLOCK)
+    bins = ((end, sums.between(end - POSITION_BLOCK, end).sum(0)) for end in ends)
+    return [(end, float(cells[LOSS] / cells[TOKENS])) for end, cells in bins if cells[TOKENS] > 0]
+
+
+def few(texts: Texts) -> list[str]:
+    """A warning where intervals over documents cannot say much."""
+    count = len(set(texts.documents))
+    return [] if count >= FEW else [f"{count} documents only: what others would give may lie outside the intervals"]
 
 
 def remarks(table: list[dict[str, Any]]) -> list[str]:

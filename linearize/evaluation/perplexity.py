@@ -1,84 +1,168 @@
-"""Perplexity, agreement and divergence of several variants of a model on the same tokens, a row at a time."""
+"""Perplexity, agreement and divergence of several variants of a model on the same tokens, by row and by position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from linearize.evaluation.intervals import Interval, bounds
+from linearize.evaluation.reading import CHUNK, Context, Reader, Variant
 from linearize.text import Packed
 
-POSITION_BLOCK = 256
-Context = Callable[[], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: a model, and the context it runs in."""
-
-    name: str
-    model: nn.Module
-    context: Context = nullcontext
-    state_bytes: int | None = None
-    same_as: str | None = None  # another variant that computes the very same: measured once
+POSITION_BLOCK = 256  # tokens whose distributions are held at a time, and the width of a bin of positions
+LOSS, DIVERGENCE, AGREE, TOKENS = range(4)
 
 
 @dataclass
 class Sums:
-    """What is added up over rows; targets at document boundaries do not count."""
+    """What is added up: for each row, (bins, 4) of loss, divergence, agreement and tokens by position in the document.
 
-    loss: float = 0.0
-    agree: int = 0
-    divergence: float = 0.0
-    tokens: int = 0
-    by_row: list[float] = field(default_factory=list)
+    Targets at document boundaries do not count.
+    """
+
+    rows: list[Tensor] = field(default_factory=list)
+
+    def total(self, column: int) -> float:
+        return float(sum(row[:, column].sum() for row in self.rows))
+
+    @property
+    def loss(self) -> float:
+        return self.total(LOSS)
+
+    @property
+    def divergence(self) -> float:
+        return self.total(DIVERGENCE)
+
+    @property
+    def agree(self) -> int:
+        return int(self.total(AGREE))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.total(TOKENS))
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss / max(self.tokens, 1), 50.0))
+        return perplexity_of(self.loss, self.tokens)
+
+    @property
+    def by_row(self) -> list[float]:
+        return [float(row[:, LOSS].sum() / row[:, TOKENS].sum().clamp(min=1)) for row in self.rows]
+
+    def between(self, first: int, last: int) -> Tensor:
+        """(N, 4): the sums of each row over targets at positions from `first` to before `last`, whole bins."""
+        start, stop = first // POSITION_BLOCK, -(-last // POSITION_BLOCK)
+        return torch.stack([row[start:stop].sum(0) for row in self.rows])
 
 
-def logits_of(variant: Variant, ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits (T, vocabulary) of one packed row (1, T)."""
-    with torch.no_grad(), variant.context():
-        out = variant.model(input_ids=ids, position_ids=positions, use_cache=False)
-    return out.logits[0]  # type: ignore[no-any-return]
+def perplexity_of(loss: float, tokens: float) -> float:
+    return math.exp(min(loss / max(tokens, 1), 50.0))
 
 
-def compare(variants: list[Variant], rows: Packed, report: Callable[[int, int], None]) -> list[Sums]:
-    """Sums of each variant; agreement and divergence are against the first, which is the teacher where there is one."""
+def compare(variants: list[Variant], rows: Packed | Sequence[Packed], report: Callable[[int, int], None]) -> list[Sums]:
+    """Sums of each variant; agreement and divergence are against the first, which is the teacher where there is one.
+
+    Rows of one document are read in chunks, all variants side by side, so that logits of one chunk are held at a time.
+    """
     sums = [Sums() for _ in variants]
-    for number in range(len(rows)):
-        ids, positions = rows.ids[number : number + 1], rows.positions[number : number + 1]
-        device = next(variants[0].model.parameters()).device
-        ids, positions = ids.to(device), positions.to(device)
-        counted = positions[0, 1:] > 0  # the first token of a document has nothing to be told from
-        reference: Tensor | None = None
-        for index, variant in enumerate(variants):
-            if variant.same_as is not None:
-                continue
-            logits = logits_of(variant, ids, positions)[:-1]
-            reference = logits if reference is None else reference
-            _add(sums[index], logits, reference, ids[0, 1:], counted)
-            report(number * len(variants) + index + 1, len(rows) * len(variants))
+    measured = [i for i, v in enumerate(variants) if v.same_as is None]
+    texts = list(singles(rows))
+    chunks = [list(chunked(row)) for row in texts]
+    done, total = 0, sum(map(len, chunks)) * len(measured)
+    for row, parts in zip(texts, chunks, strict=True):
+        bins = int(row.positions.max()) // POSITION_BLOCK + 1
+        for i in measured:
+            sums[i].rows.append(torch.zeros(bins, 4, dtype=torch.float64))
+        readers = {i: Reader(variants[i]) for i in measured} if len(parts) > 1 else {}
+        for start, stop in parts:
+            reference: Tensor | None = None
+            for i in measured:
+                if readers:
+                    logits = readers[i](row.ids[:, start:stop])
+                else:
+                    logits = logits_of(variants[i], row.ids, row.positions)
+                targets, positions = row.ids[0, start + 1 : stop + 1], row.positions[0, start + 1 : stop + 1]
+                own = log_probabilities(logits[: len(targets)])
+                reference = own if reference is None else reference
+                _add(sums[i].rows[-1], own, reference, targets.to(own.device), positions.to(own.device))
+                done += 1
+                report(done, total)
     names = [v.name for v in variants]
     return [s if v.same_as is None else sums[names.index(v.same_as)] for v, s in zip(variants, sums, strict=True)]
 
 
-def _add(sums: Sums, logits: Tensor, reference: Tensor, targets: Tensor, counted: Tensor) -> None:
-    loss = 0.0
+def singles(rows: Packed | Sequence[Packed]) -> Iterator[Packed]:
+    """One row (1, T) at a time."""
+    for packed in [rows] if isinstance(rows, Packed) else rows:
+        for i in range(len(packed)):
+            yield Packed(packed.ids[i : i + 1], packed.positions[i : i + 1])
+
+
+def chunked(row: Packed) -> Iterator[tuple[int, int]]:
+    """Where to cut a row (1, T); one that holds several documents stays whole, for no cache tells them apart."""
+    time = row.ids.shape[1]
+    size = CHUNK if torch.equal(row.positions[0], torch.arange(time)) else time
+    for start in range(0, time, size):
+        yield start, min(start + size, time)
+
+
+def logits_of(variant: Variant, ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits (T, vocabulary) of one packed row (1, T)."""
+    device = next(variant.model.parameters()).device
+    with torch.no_grad(), variant.context():
+        out = variant.model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False)
+    return out.logits[0]  # type: ignore[no-any-return]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax (T, vocabulary) in fp32, a block at a time."""
+    return torch.cat([block.float().log_softmax(-1) for block in logits.split(POSITION_BLOCK)]) if len(logits) else logits.float()
+
+
+def _add(sums: Tensor, own: Tensor, reference: Tensor, targets: Tensor, positions: Tensor) -> None:
+    """Add the tokens of a chunk to the bins (bins, 4) of their positions; a document's first token is told from nothing."""
     for start in range(0, len(targets), POSITION_BLOCK):
         block = slice(start, start + POSITION_BLOCK)
-        keep = counted[block]
-        own = logits[block][keep].float().log_softmax(-1)
-        other = reference[block][keep].float().log_softmax(-1)
-        loss += float(-own.gather(1, targets[block][keep][:, None]).sum())
-        sums.agree += int((own.argmax(-1) == other.argmax(-1)).sum())
-        sums.divergence += float((other.exp() * (other - own)).sum())
-        sums.tokens += int(keep.sum())
-    sums.loss += loss
-    sums.by_row.append(loss / max(int(counted.sum()), 1))
+        mine, other = own[block], reference[block]
+        same = mine.data_ptr() == other.data_ptr()
+        divergence = mine.new_zeros(len(mine)) if same else (other.exp() * (other - mine)).sum(-1)
+        agree = mine.argmax(-1) == other.argmax(-1)
+        columns = (-mine.gather(1, targets[block, None])[:, 0], divergence, agree, torch.ones_like(divergence))
+        counted = positions[block] > 0
+        found = torch.stack([c.double() for c in columns], -1)[counted].cpu()
+        sums.index_add_(0, (positions[block][counted] // POSITION_BLOCK).cpu(), found)
+
+
+def figures(cells: Tensor, first: Tensor | None, weights: Tensor) -> dict[str, Any]:
+    """Perplexity, ratio to the first variant, top-1 agreement and KL of rows (N, 4), each with its interval.
+
+    `weights` (R, N) are the bootstrap's; the ratio is drawn in pairs, the same documents above and below. `first` is None
+    where there is no teacher, and then only perplexity is known.
+    """
+    drawn = weights @ cells
+
+    def interval(values: Tensor) -> Interval | None:
+        return bounds(values.where(drawn[:, TOKENS] > 0, torch.nan))
+
+    def perplexity(sums: Tensor) -> Tensor:
+        return (sums[..., LOSS] / sums[..., TOKENS].clamp(min=1)).clamp(max=50.0).exp()
+
+    total = cells.sum(0)
+    found: dict[str, Any] = {"perplexity": float(perplexity(total)), "perplexity_interval": interval(perplexity(drawn))}
+    columns: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "ratio": lambda own, teacher: perplexity(own) / perplexity(teacher),
+        "top1": lambda own, _: own[..., AGREE] / own[..., TOKENS].clamp(min=1),
+        "kl": lambda own, _: own[..., DIVERGENCE] / own[..., TOKENS].clamp(min=1),
+    }
+    for name, figure in columns.items():
+        found[name] = None if first is None else float(figure(total, first.sum(0)))
+        found[f"{name}_interval"] = None if first is None else interval(figure(drawn, weights @ first))
+    return found
+
+
+__all__ = ["Context", "Sums", "Variant", "compare", "figures"]

@@ -36,20 +36,37 @@ AXES: dict[str, str] = {
 _AXIS_TYPES = {f.name: str(f.type) for f in fields(MixerSpec)}
 
 
+ATTENTION, LORA, LONG = KINDS = ("attention", "lora", "long")
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One stage of distillation, in plain data. `kind`: attention (layer by layer) or lora (against the teacher's logits)."""
+    """One stage of distillation, in plain data: what it trains, how fast, against what, on how many tokens.
+
+    `kind`: attention (each mixer alone, against its layer's attention), lora (the whole student, against the teacher or the
+    text) or long (the same on longer rows). Kinds come in this order, each at most once.
+    """
 
     kind: str
     tokens: int
     lr: float
-    trained: tuple[str, ...] = ("mixers",)
-    loss: str = "relative_mse"
+    loss: str = ""  # names with factors, as in kl + 0.1*ce; empty is relative_mse in stage attention and ce in the others
+    mixer_lr: float = 0.0  # where lora and long train the mixers too; 0 leaves them
     rank: int = 8
     dropout: float = 0.0  # of LoRA's inputs
     targets: tuple[str, ...] = ()  # LoRA's; empty is the architecture's q, k, v, o
-    ce_weight: float = 0.0
-    mixer_lr: float = 0.0  # where a lora stage trains the mixers too
+    temperature: float = 1.0  # of kl
+    far_weight: float = 1.0  # of tokens that have others beyond their window
+    window_min: int = 0  # windows are drawn from here to the mixer's own; 0 leaves them
+    window_dropout: float = 0.0  # how often a window is one token long
+    sequence: int = 0  # tokens a row; 0 is the run's
+
+    def __post_init__(self) -> None:
+        if not self.loss:
+            object.__setattr__(self, "loss", "relative_mse" if self.kind == ATTENTION else "ce")
+
+
+LONG_STAGE = Stage(LONG, 500_000, 1e-4, mixer_lr=1e-4, sequence=4096)
 
 
 def option(default: Any, help: str) -> Any:

@@ -22,20 +22,25 @@ class Calibration:
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at later keys."""
-        q, k = self.inputs.q.float(), self.inputs.k.float()
+        """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at keys that it does not see."""
+        wide = torch.promote_types(self.inputs.q.dtype, torch.float32)
+        q, k = self.inputs.q.to(wide), self.inputs.k.to(wide)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         time = q.shape[2]
         keys = torch.arange(time, device=q.device)
         for start in range(0, time, ROW_BLOCK):
             block = slice(start, min(start + ROW_BLOCK, time))
             scores = self.inputs.score(q[:, :, block], k)
-            yield block, scores.masked_fill(keys > keys[block, None], -torch.inf)
+            hidden = keys > keys[block, None]
+            if self.inputs.score.sliding is not None:
+                hidden = hidden | (keys <= keys[block, None] - self.inputs.score.sliding)
+            yield block, scores.masked_fill(hidden, -torch.inf)
 
     def log_mass(self) -> Tensor:
-        """log sum exp of the teacher's scores over all keys of each query: (B, H, T); computed once."""
+        """log sum exp of the teacher's scores over all keys and learned sinks of each query: (B, H, T); computed once."""
         if "log_mass" not in self._kept:
-            self._kept["log_mass"] = torch.cat([scores.logsumexp(-1) for _, scores in self.rows()], dim=-1)
+            every, null = torch.cat([scores.logsumexp(-1) for _, scores in self.rows()], dim=-1), self.inputs.score.null
+            self._kept["log_mass"] = every if null is None else torch.logaddexp(every, null.to(every.dtype)[:, None])
         return self._kept["log_mass"]
 
     def mean_distance(self) -> Tensor:

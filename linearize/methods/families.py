@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from linearize.modeling.mixer import Mixer
 
 CONV = "taps of the convolution on q, k and v; 0 is none"
-NO_NEW_PARAMETERS = (Stage("lora", 2_000_000, 1e-4, trained=("lora",), loss="kl"),)
+NO_NEW_PARAMETERS = (Stage("lora", 2_000_000, 1e-4, loss="kl"),)
 
 
 def kernel(feature_map: str, **axes: Any) -> MixerSpec:
@@ -33,7 +33,7 @@ class HalfWindow(Method):
     """Half softmax window, half a memory gated by the key projection (Liger, Lan et al. 2025, section 3.2)."""
 
     paper = "https://arxiv.org/abs/2503.01496"
-    stages = (Stage("lora", 2_000_000, 1e-3, trained=("lora",), loss="ce", targets=("q", "k", "v")),)
+    stages = (Stage("lora", 2_000_000, 1e-3, loss="ce", targets=("q", "k", "v")),)
 
     near_weight: float = option(0.5, "share of the window in the sum")
 

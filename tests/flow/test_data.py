@@ -19,9 +19,7 @@ from linearize.distillation.loop import Schedule
 from linearize.distillation.run import distill
 from linearize.documents import chat_of, documents
 from linearize.errors import InputError, LinearizeError, ResourceError
-from linearize.evaluation.recall import DIGITS
-from linearize.evaluation.recall import pass_key as evaluated
-from linearize.evaluation.recall_rows import KEY_DIGITS, TASKS, mixed, recall_row
+from linearize.evaluation.recall_rows import TASKS, mixed, recall_row
 from linearize.text import pack, split, tokenise
 
 TALK = [{"role": "user", "content": "How many ships?"}, {"role": "assistant", "content": "Seven."}]
@@ -118,7 +116,7 @@ def test_a_recall_row_asks_for_what_it_hides(task: str, encoded: list[list[int]]
     answers = []
     for row in rows:
         body, question = row.rsplit("\n", 1)
-        answer = re.split(r" is called | is | was | again: ", question)[-1].rstrip(".")
+        answer = re.split(r" is called | is | again: ", question)[-1].rstrip(".")
         assert answer in body, question
         answers.append(answer)
     assert len(set(answers)) > 4
@@ -126,18 +124,6 @@ def test_a_recall_row_asks_for_what_it_hides(task: str, encoded: list[list[int]]
         assert len(recall_row(task, tokenizer(), encoded, length, str(seed))) == length
     with pytest.raises(InputError, match="needs"):
         recall_row(task, tokenizer(), encoded, 20, "0")
-
-
-def test_training_never_shows_a_key_of_the_evaluation(encoded: list[list[int]]) -> None:
-    assert DIGITS not in KEY_DIGITS
-    keys: set[str] = set()
-    for seed in range(20):
-        for task in ("pass-key", "key-value"):
-            keys |= set(re.findall(r"\d+", said(recall_row(task, tokenizer(), encoded, 400, str(seed)))))
-    asked = {key for seed in range(20) for key in re.findall(r"\d+", said(evaluated(tokenizer(), 400, 0.5, seed).ids))}
-    assert {len(key) for key in keys} == set(KEY_DIGITS)
-    assert {len(key) for key in asked} == {DIGITS}
-    assert not keys & asked
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])

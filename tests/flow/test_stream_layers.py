@@ -24,6 +24,7 @@ from linearize.distillation.run import distill
 from linearize.distillation.streaming import Streaming
 from linearize.distillation.streaming_cache import LayerInputs, row_keys
 from linearize.errors import InputError, IntegrityError, ResourceError, UsageError
+from linearize.methods.base import Stage
 from linearize.testing.families import tiny_family
 
 LENGTH, STEPS, LAYERS = 32, 12, 5
@@ -82,6 +83,16 @@ def test_blocks_give_what_all_layers_at_once_do(layers: int, joint: Path, folder
         assert one["layers"] == other["layers"]
         assert {key: one[key] for key in ("step", "tokens", "rate")} == {key: other[key] for key in ("step", "tokens", "rate")}
         assert one["loss"] == pytest.approx(other["loss"])
+
+
+def test_what_is_drawn_depends_on_the_layer(folder: Path, text: Path, tmp_path: Path) -> None:
+    """Windows are drawn anew for each layer and step, the same in blocks as for all layers at once."""
+    sets = ["stages.attention.window_min=2", "stages.attention.window_dropout=0.2"]
+    one, other, fixed = (
+        transfer(folder, text, tmp_path / f"{k}{len(s)}", k, sets=s).path for k, s in ((None, sets), (2, sets), (2, []))
+    )
+    same(one, other)
+    assert any(not torch.equal(x, weights(fixed)[name]) for name, x in weights(one).items()), "something was drawn"
 
 
 def test_several_epochs_of_several_rows(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -155,7 +166,7 @@ def test_a_killed_run_goes_on(joint: Path, folder: Path, text: Path, tmp_path: P
 
 
 def test_what_does_not_fit_is_refused(folder: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="the layer inputs take .* more than the") as refused:
+    with pytest.raises(ResourceError, match=r"the layer inputs take .* more than the") as refused:
         transfer(folder, text, tmp_path / "out", streaming=Streaming(2, 1e-5))
     assert refused.value.fix.startswith("--tokens ")
     assert not list(tmp_path.rglob("*.bin"))
@@ -163,10 +174,10 @@ def test_what_does_not_fit_is_refused(folder: Path, text: Path, tmp_path: Path) 
 
 
 def test_what_is_not_streamed_is_refused(folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="only stage attention"):
+    with pytest.raises(UsageError, match="only one stage attention"):
         transfer(folder, text, tmp_path / "out", 2, stage="all")
     with pytest.raises(UsageError, match="by one process, not 2"):
-        streams.check_streaming("attention", 2)
+        streams.check_streaming([Stage("attention", 1, 0.1)], 2)
     assert command(["distill", str(folder), "--stream-cache", "2"]) == 2
     assert "--stream-layers" in capsys.readouterr().err
 
@@ -201,9 +212,8 @@ def test_three_gigabytes_in_two(tmp_path: Path) -> None:
     if (free := shutil.disk_usage(tmp_path).free) < FREE:
         pytest.skip(f"needs {FREE / 1e9:.0f} GB of disk, {free / 1e9:.1f} GB are free")
     (tmp_path / "book.txt").write_text(TEXT)
-    convert(
-        str(write_large(tmp_path / "large", layers=11)), output=tmp_path / "linear", calibration=tmp_path / "book.txt", device="cpu"
-    )
+    given = write_large(tmp_path / "large", layers=11)
+    convert(str(given), output=tmp_path / "linear", calibration=tmp_path / "book.txt", device="cpu")
     shutil.rmtree(given)
     assert sum(path.stat().st_size for path in (tmp_path / "linear").glob("*.safetensors")) > 3e9
     arguments = ["distill", tmp_path / "linear", "-o", tmp_path / "out", "--data", tmp_path / "book.txt", "--stage", "attention"]

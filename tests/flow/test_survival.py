@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from linearize.cli import run as command
 from linearize.conversion.convert import convert
 from linearize.distillation import loop, stages
+from linearize.distillation.layer_losses import LayerCall
 from linearize.distillation.run import distill
 from linearize.distillation.state import states
 from linearize.errors import InputError, ResourceError, TrainingError, UsageError
@@ -53,7 +54,7 @@ def lines(where: Path) -> list[dict[str, Any]]:
 def killed(folder: Path, text: Path, output: Path, at: tuple[int, int, int], processes: int, *more: str) -> int:
     """The exit code of a run that is killed (rank, stage, step)."""
     arguments = [str(x) for x in at] + [str(folder), "--data", str(text), "--sequence", str(LENGTH), "-o", str(output), *more]
-    arguments += ["--tokens", str(LENGTH * STEPS * processes), "--save-every", "10", "--lora-dropout", "0.3"]
+    arguments += ["--tokens", str(LENGTH * STEPS * processes), "--save-every", "10", "--set", "stages.lora.dropout=0.3"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, *launch, str(HERE / "killed.py"), *arguments],
@@ -95,7 +96,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_dropout_is_drawn(folder: Path, text: Path, tmp_path: Path) -> None:
     """Without it the run above would say nothing of what is drawn."""
     given: dict[str, Any] = {"data": str(text), "stage": "lora", "sequence": LENGTH, "tokens": LENGTH * 3}
-    made = [weights(distill(folder, dropout=p, output=tmp_path / str(p), **given).path) for p in (0.0, 0.3)]
+    made = [weights(distill(folder, sets=[f"stages.lora.dropout={p}"], output=tmp_path / str(p), **given).path) for p in (0.0, 0.3)]
     assert any(not torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
@@ -105,10 +106,11 @@ class Poison:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: range | list[int]) -> None:
         self.count, real = 0, stages.LAYER_LOSSES["relative_mse"]
 
-        def poisoned(mixer: Any, inputs: Any, target: torch.Tensor) -> torch.Tensor:
+        def poisoned(call: LayerCall) -> torch.Tensor:
             self.count += 1
             step, layer = divmod(self.count - 1, 2)
-            return real(mixer, inputs, target * math.nan if step in calls and layer == 1 else target)
+            call.target = call.target * math.nan if step in calls and layer == 1 else call.target
+            return real(call)
 
         monkeypatch.setitem(stages.LAYER_LOSSES, "relative_mse", poisoned)
 

@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """An environment in which pip installed the wheel."""
-    requires = ["torch", "transformers", "peft", "accelerate", "safetensors", "typer", "rich"]
+    requires = ["torch", "transformers", "peft", "accelerate", "safetensors", "typer", "rich", "pyyaml"]
     made = make_environment(tmp_path_factory.mktemp("installed"), requires)
     pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install", "--no-index", "--no-deps", "--quiet", str(wheel)]
     done = subprocess.run(pip, text=True, capture_output=True, check=False, env={**CLEAN, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})

@@ -22,8 +22,9 @@ from transformers import (
 from linearize import convert_model
 from linearize.conversion.architectures import ARCHITECTURES
 from linearize.conversion.detection import verdict
-from linearize.distillation.losses import LAYER_LOSSES
+from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
 from linearize.errors import UnsupportedError
+from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.serving.generate import Generator
 from linearize.testing.families import ENCODERS, tiny_family
@@ -134,7 +135,11 @@ def test_the_weights_loss_sees_both_sides(padded: bool) -> None:
                 module.bias.zero_()
     seen: list[float] = []
     loss = LAYER_LOSSES["weights"]
-    with torch.no_grad(), observed(model, lambda at, x, y: seen.append(float(loss(at.linearize, x, y)))), mode(model, "observe"):
+
+    def see(attention: Any, inputs: Inputs, target: Tensor) -> None:
+        seen.append(float(loss(LayerCall(attention.linearize, inputs, target))))
+
+    with torch.no_grad(), observed(model, see), mode(model, "observe"):
         model(**given)
     expected = 0.0 if padded else float(torch.tensor(float(LENGTH)).log())  # with pads it is the relative output error
     assert torch.allclose(torch.tensor(seen), torch.tensor(expected), atol=1e-5)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from linearize import convert_model
 from linearize.conversion.architectures import ARCHITECTURES, COMMON
 from linearize.conversion.discovery import discover, observe, rope_style
-from linearize.distillation.losses import relative_mse
+from linearize.distillation.layer_losses import LayerCall, relative_mse
 from linearize.methods import make
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs
@@ -186,7 +186,7 @@ def learns(model: Any, inputs: dict[str, Tensor]) -> None:
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
     def loss() -> Tensor:
-        return torch.stack([relative_mse(attention.linearize, given, target) for attention, given, target in seen]).sum()
+        return torch.stack([relative_mse(LayerCall(attention.linearize, given, target)) for attention, given, target in seen]).sum()
 
     before = loss()
     before.backward()

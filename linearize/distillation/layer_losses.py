@@ -1,0 +1,138 @@
+"""Losses of one mixer against the attention that it replaces, by name: a mean over rows, so that processes with equally many
+rows average to the loss of one process with them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.methods.calibration import Calibration
+from linearize.modeling.mixer import Halves, Inputs, Mixer
+from linearize.modeling.rows import Rows, make_rows
+from linearize.modeling.spec import MixerSpec
+
+ROW_BLOCK = 256
+
+
+@dataclass
+class LayerCall:
+    """A mixer's inputs and target (B, T, H, V), the weight of each token (B, T) or None, and what several losses look at."""
+
+    mixer: Mixer
+    inputs: Inputs
+    target: Tensor
+    weight: Tensor | None = None
+
+    @cached_property
+    def rows(self) -> Rows | None:
+        batch, _, time, _ = self.inputs.q.shape
+        return make_rows(self.inputs.mask, self.inputs.segments, batch, time, self.inputs.q.device)
+
+    @cached_property
+    def halves(self) -> Halves:
+        return self.mixer.halves(self.inputs, self.rows)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the mixer says, (B, T, H, V)."""
+        out = self.mixer.combine(self.halves)
+        return (out if self.rows is None else self.rows.scatter(out)).transpose(1, 2)
+
+    def in_rows(self, x: Tensor) -> Tensor:
+        """(B, h, T, D) as the halves have it."""
+        return x if self.rows is None else self.rows.gather(x)
+
+    def weighted(self, x: Tensor) -> Tensor:
+        """x (B, T, H, V) times the weight of its token."""
+        return x if self.weight is None else x * self.weight[..., None, None]
+
+
+LayerLoss = Callable[[LayerCall], Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def relative_mse(call: LayerCall) -> Tensor:
+    """sum w ||y - y'||^2 / sum w ||y||^2 of each row: deep layers, whose outputs are larger, do not drown the rest."""
+    target = wide(call.target)
+    error = call.weighted((wide(call.output) - target).square()).sum((1, 2, 3))
+    loss: Tensor = (error / call.weighted(target.square()).sum((1, 2, 3)).clamp(min=1e-12)).mean()
+    return loss
+
+
+def mse(call: LayerCall) -> Tensor:
+    """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
+    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean()
+    return 1000 * error if call.weight is None else 1000 * error / call.weight.mean()
+
+
+def weights(call: LayerCall) -> Tensor:
+    """Cross-entropy of the teacher's attention weights (Hedgehog, section 4.2), for a mixer whose output is a mean of values.
+
+    -sum_i A_ti log A'_ti in blocks of queries, with A' = phi(q) phi(k) / sum phi(q) phi(k). A mixer with a near half,
+    gates or padding has weights of another form, and so has a teacher that slides or has learned sinks: the relative output
+    error is taken there.
+    """
+    mixer, inputs = call.mixer, call.inputs
+    plain = inputs.mask is None and inputs.score.sliding is None and inputs.score.null is None
+    if mixer.spec.has_near or mixer.spec.decay != "none" or not plain:
+        return relative_mse(call)
+    phi_q, phi_k = mixer.features(inputs)  # (B, M, R, T, K), (B, M, T, K)
+    time, repeats = phi_k.shape[2], phi_q.shape[1] * phi_q.shape[2] // inputs.k.shape[1]
+    q, k = wide(inputs.q), wide(inputs.k).repeat_interleave(repeats, dim=1)
+    keys = torch.arange(time, device=q.device)
+    total = q.new_zeros(())
+    for start in range(0, time, ROW_BLOCK):
+        block = slice(start, min(start + ROW_BLOCK, time))
+        seen = block.stop if mixer.spec.causal else time
+        later = (keys[:seen] > keys[block, None]) & mixer.spec.causal
+        if inputs.segments is not None:  # packed documents do not see each other
+            other = inputs.segments[:, None, block, None] != inputs.segments[:, None, None, :seen]
+            later = later | other
+        teacher = inputs.score(q[:, :, block], k[:, :, :seen]).masked_fill(later, -torch.inf).softmax(-1)
+        student = phi_q[..., block, :] @ phi_k[:, :, None, :seen].transpose(-1, -2)
+        student = student.flatten(1, 2).masked_fill(later, 0)
+        log_ratio = student.clamp(min=1e-12).log() - student.sum(-1, keepdim=True).clamp(min=1e-12).log()
+        total = total - (teacher * log_ratio.masked_fill(later, 0)).sum()
+    return total / (q.shape[0] * q.shape[1] * time)
+
+
+def weighs_mass(spec: MixerSpec) -> bool:
+    """Whether a mixer gives part of one softmax to its far memory, as `mass` needs."""
+    return spec.has_near and spec.has_far and spec.merge == "denominator" and not spec.null_logits
+
+
+def mass(call: LayerCall) -> Tensor:
+    """KL(p || p') of the share of attention that lies on near and on far tokens, a mean over heads and tokens.
+
+    p = 1 - near mass / whole mass is the teacher's, p' = sigma(log far mass - log near mass) the student's; both have the near
+    half in common, since it is exact. ValueError for a mixer that has no such share.
+    """
+    mixer, halves = call.mixer, call.halves
+    if not weighs_mass(mixer.spec) or mixer.far_mass is None or halves.near is None or halves.mass is None:
+        raise ValueError("the loss 'mass' needs a mixer with a window and a memory that share one denominator")
+    near = halves.near.top + halves.near.denominator.log()
+    with torch.no_grad():
+        own = replace(call.inputs, q=call.in_rows(call.inputs.q), k=call.in_rows(call.inputs.k))
+        every = Calibration(own, call.target).log_mass()
+        share = -torch.expm1((near - every).clamp(max=0.0))
+        entropy = torch.special.entr(share) + torch.special.entr(1 - share)
+    filled = halves.mass > 0
+    odds = mixer.far_mass(halves.stream.far_q, halves.near.top) + torch.where(filled, halves.mass, 1.0).log() - near
+    gap = F.binary_cross_entropy_with_logits(odds, share.to(odds.dtype), reduction="none") - entropy
+    gap = torch.where(filled, gap, 0.0)
+    counted = torch.ones_like(call.target[..., 0, 0], dtype=gap.dtype) if call.weight is None else call.weight.to(gap.dtype)
+    gap = gap if call.rows is None else call.rows.scatter(gap[..., None])[..., 0]
+    return (gap * counted[:, None]).sum() / (counted.sum() * gap.shape[1]).clamp(min=1e-12)
+
+
+LAYER_LOSSES: dict[str, LayerLoss] = {"relative_mse": relative_mse, "mse": mse, "weights": weights, "mass": mass}

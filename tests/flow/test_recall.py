@@ -1,0 +1,158 @@
+"""What is asked for far back: generated, seeded, at least three windows away, told apart from what distillation teaches."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cli.tiny import TEXT, tokenizer
+
+from linearize.errors import UsageError
+from linearize.evaluation.reading import Variant
+from linearize.evaluation.recall import TASKS, Grid, Prompt, by_length, prompt, retrieval, score
+from linearize.evaluation.recall_forms import ASKED, FORMS, LEARNT, PEOPLE, Writer
+from linearize.evaluation.recall_rows import TASKS as TAUGHT
+from linearize.testing.models import tiny_llama
+
+ESSAY = list(tokenizer()(TEXT)["input_ids"])
+
+
+def said(ids: list[int]) -> str:
+    return str(tokenizer().decode(ids))
+
+
+def made(task: str, length: int = 1500, depth: float = 0.5, distance: int = 300, seed: str = "0") -> Prompt:
+    found = prompt(task, tokenizer(), ESSAY, length, depth, distance, seed)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_hides_what_it_asks_for(task: str) -> None:
+    """Exactly as long as asked; the answer's tokens marked; every hidden word far before the question, as deep as told."""
+    for depth in (0.0, 0.5, 1.0):
+        one = made(task, depth=depth)
+        assert len(one.ids) == 1500
+        question = len(one.ids) - len(one.told)
+        assert one.told[-1]
+        assert question - one.end_of_hidden >= 300
+        around = question - one.end_of_hidden - 300
+        share = around / (question - 300)  # about the part of the text that depth leaves after the hidden words
+        assert share == pytest.approx(1 - depth, abs=0.45 if task in ("mqar", "multi-key", "variable-tracking") else 0.3)
+        asked = FORMS[task](Writer(tokenizer(), f"{task}-1500-{depth}-0", ASKED))
+        before = said(one.ids[: one.end_of_hidden])
+        assert all(piece.strip() in before for piece in asked.hidden)
+        told = said([x for x, t in zip(one.ids[question:], one.told, strict=True) if t])
+        assert told == asked.answer
+        assert all(piece.strip() not in said(one.ids[one.end_of_hidden : question]) for piece in asked.hidden)
+
+
+@pytest.mark.parametrize("task", [*TASKS, "key-value", "fact"])
+def test_the_answer_follows_from_what_is_hidden(task: str) -> None:
+    """Found again by rule from the hidden pieces alone; another seed has another answer, the same seed the same."""
+    answers = set()
+    for seed in range(10):
+        asked = FORMS[task](Writer(tokenizer(), str(seed), ASKED))
+        hidden = "".join(asked.hidden)
+        if task == "chain":
+            where: dict[str, str] = {}
+            holder = ""
+            for sentence in re.findall(r"\w[^.]*\.", hidden):
+                who, rest = sentence.split(" ", 1)
+                assert who in PEOPLE
+                holder = who if "took" in rest else holder
+                where[who] = where[who] if "took" in rest else rest.split()[-1].rstrip(".")
+            expected = f" {where[holder]}"
+        elif task == "variable-tracking":
+            value, first = re.findall(r"VAR (\w+) = (\d+)", hidden)[0][::-1]
+            assert value in asked.question
+            handed = dict(tuple(reversed(pair)) for pair in re.findall(r"VAR (\w+) = VAR (\w+)", hidden))
+            names = [first]
+            while names[-1] in handed:
+                names.append(handed[names[-1]])
+            expected = " " + ", ".join(names)
+        elif task == "mqar":
+            held = dict(re.findall(r"(\w+) = (\d+);", hidden))
+            names = [words.strip(" =;\n").split()[-1] for words, told in asked.end if not told and "=" in words]
+            expected = "".join(f" {held[name]}" for name in names)
+        else:
+            expected = asked.answer
+            assert expected.strip() in hidden
+            if task in ("s-niah-1", "s-niah-2", "s-niah-3", "multi-key"):
+                name = re.findall(r"for (\w+) mentioned", asked.question)[0]
+                assert f"for {name} is:{expected}." in hidden
+        assert asked.answer == expected
+        answers.add(asked.answer)
+        assert FORMS[task](Writer(tokenizer(), str(seed), ASKED)) == asked
+    assert len(answers) > (2 if task == "chain" else 4)
+
+
+def test_training_never_shows_what_the_evaluation_asks_for() -> None:
+    """Not a number, name or city of the one occurs in the other, in any form."""
+    assert not set(LEARNT.digits) & set(ASKED.digits)
+    assert not set(LEARNT.names + LEARNT.cities) & set(ASKED.names + ASKED.cities)
+    numbers: list[set[str]] = []
+    for tasks, words in ((TAUGHT, LEARNT), (TASKS, ASKED)):
+        drawn = [FORMS[task](Writer(tokenizer(), str(seed), words)) for task in tasks for seed in range(20)]
+        numbers.append({n for x in drawn for n in re.findall(r"(?<!-)\b\d+\b(?!-)", x.question + "".join(x.hidden))})
+    assert min(map(len, numbers)) > 50
+    assert not numbers[0] & numbers[1]
+    assert "chain" not in TAUGHT  # whose people and places are the same for all
+
+
+def test_too_short_a_text_is_left_out_and_an_unknown_task_refused() -> None:
+    assert prompt("pass-key", tokenizer(), ESSAY, 400, 0.5, 390, "0") is None
+    with pytest.raises(UsageError, match="no recall task 'niah'"):
+        Grid(tasks=("niah",))
+
+
+class Reciter(torch.nn.Module):
+    """Predicts what it is told, as a model would: the next token of the true text, wrong at some places."""
+
+    def __init__(self, text: list[int], wrong: set[int]) -> None:
+        super().__init__()
+        self.text, self.wrong = text, wrong
+        self.config = tiny_llama().config
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Any, position_ids: Any, past_key_values: Any, logits_to_keep: int, **_: Any) -> Any:
+        logits = torch.zeros(1, input_ids.shape[1], 400)
+        for i, position in enumerate(position_ids[0].tolist()):
+            following = self.text[position + 1] if position + 1 < len(self.text) else 0
+            logits[0, i, 399 if position + 1 in self.wrong else following] = 1
+        x = torch.zeros(1, 2, input_ids.shape[1], 8)
+        past_key_values.update(x, x, 0)
+        return type("Out", (), {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits})
+
+
+def test_a_score_counts_the_answer_and_nothing_else() -> None:
+    one = made("mqar")
+    end = len(one.ids) - len(one.told)
+    answer = [end + i for i, told in enumerate(one.told) if told]
+    other = {end + i for i, told in enumerate(one.told) if not told}
+    perfect = Reciter(one.ids, other | {3, end - 1})
+    assert score(Variant("", perfect, nullcontext), one) == (1.0, True)
+    spoiled = Reciter(one.ids, {answer[0], answer[-1]})
+    assert score(Variant("", spoiled, nullcontext), one) == (pytest.approx(1 - 2 / len(answer)), False)
+
+
+def test_the_grid_of_a_model_that_knows_nothing() -> None:
+    """A row for each task, length and depth; over depths, their mean."""
+    base = tiny_llama(vocab_size=300)
+    grid = Grid(("pass-key", "copying"), (600, 700), (0.0, 1.0), 2)
+    seen: list[tuple[int, int]] = []
+    both = {name: Variant(name, base) for name in ("teacher", "student")}
+    rows = retrieval(both, tokenizer(), [TEXT], grid, 16, lambda done, total: seen.append((done, total)))
+    assert len(rows) == 8
+    assert seen[-1] == (32, 32)
+    assert all(a[0] < b[0] for a, b in pairwise(seen))
+    assert all(row["samples"] == 2 and row["scores"]["student"] == row["scores"]["teacher"] for row in rows)
+    first, both_depths = by_length(rows)[0], rows[:2]
+    mean = sum(row["scores"]["student"]["accuracy"] for row in both_depths) / 2
+    assert first["samples"] == 4
+    assert first["scores"]["student"]["accuracy"] == pytest.approx(mean)
+    assert first["scores"]["student"]["interval"][1] > 0.4
