@@ -25,7 +25,7 @@ LEARN = "What it learns from"
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, builtin or teacher; may be repeated.",
+        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, or builtin; may be repeated.",
         rich_help_panel=LEARN, show_default="builtin",
     ),
 ]  # fmt: skip

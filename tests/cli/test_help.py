@@ -15,6 +15,7 @@ VERBS = [
     "plan",
     "convert",
     "distill",
+    "merge",
     "eval",
     "report",
     "inspect",

@@ -149,4 +149,4 @@ def test_distill_learns_from_conversations_and_recall(tmp_path: Path) -> None:
     (tmp_path / "talks.jsonl").write_text(lines(*({"messages": TALK, "n": i} for i in range(8)), {"text": TEXT}))
     made = distill(folder, data=str(tmp_path / "talks.jsonl"), recall=0.3, stage="attention", sequence=256, tokens=1024)
     recipe = json.loads((made.path / "recipe.json").read_text())
-    assert (recipe["recall"], recipe["data"]) == (0.3, str(tmp_path / "talks.jsonl"))
+    assert (recipe["recall"], recipe["data"]) == (0.3, [str(tmp_path / "talks.jsonl")])
