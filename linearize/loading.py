@@ -15,6 +15,13 @@ from linearize.opening import check
 ADAPTER = "adapter"  # a folder of the checkpoint's, where LoRA was kept apart
 
 
+def class_of(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The model class of a linearized checkpoint whose files are whole, and its config."""
+    config = check(path)
+    register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
+    return linearized_class(config["architectures"][0].removeprefix("Linearized")), config
+
+
 def check_adapter_apart(directory: Path) -> None:
     """UsageError for a checkpoint that holds an adapter apart, where only whole weights will do."""
     if (directory / ADAPTER).is_dir():
@@ -24,11 +31,9 @@ def check_adapter_apart(directory: Path) -> None:
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto", adapter: bool = True) -> tuple[Any, Any]:
     """Model (in eval mode) and tokenizer of a linearized checkpoint, with the adapter beside it at work where there is one."""
     path = Path(directory)
-    config = check(path)
+    made, config = class_of(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
-    register([config["model_type"].removeprefix(PREFIX)])  # it may be of a family that the registry does not know
-    made = linearized_class(config["architectures"][0].removeprefix("Linearized"))
     model: Any = made.from_pretrained(path, dtype=chosen)
     if adapter and (path / ADAPTER).is_dir():
         model.load_adapter(str(path / ADAPTER))

@@ -96,6 +96,20 @@ Checkpointing = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Less memory, one more forward pass.", rich_help_panel=flags.HOW),
 ]
+StreamLayers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="K", help="Stage attention K layers at a time: a model larger than memory.", rich_help_panel=flags.HOW,
+        show_default="all at once",
+    ),
+]  # fmt: skip
+StreamCache = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="GB", help="Disk that --stream-layers may fill with layer inputs.", rich_help_panel=flags.HOW,
+        show_default="half of what is free",
+    ),
+]  # fmt: skip
 
 
 ReportTo = Annotated[
@@ -135,6 +149,8 @@ def distill(
     shard: Shard = False,
     mixed_precision: MixedPrecision = None,
     gradient_checkpointing: Checkpointing = False,
+    stream_layers: StreamLayers = None,
+    stream_cache: StreamCache = None,
     report_to: ReportTo = None,
     output: flags.Output = None,
     merge: Merge = True,
@@ -147,9 +163,12 @@ def distill(
     logits and merges it; stage long goes on with the text alone, in longer sequences. The teacher is the
     same network with its mixers off. Writes DIR-distilled unless -o says otherwise.
     """
+    if stream_cache is not None and stream_layers is None:
+        raise UsageError("there are no layer inputs on disk without --stream-layers", "--stream-cache", "add --stream-layers K")
     if num_processes is not None:
         launch(num_processes)
     from linearize.distillation.run import distill as run
+    from linearize.distillation.streaming import Streaming
     from linearize.recipe import read
 
     console = Console(as_json)
@@ -159,6 +178,7 @@ def distill(
             recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (), shard=shard,
             precision=mixed_precision.value if mixed_precision else None, gradient_checkpointing=gradient_checkpointing,
+            streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not made.is_main:

@@ -116,11 +116,31 @@ def offload(root: nn.Module, shards: Shards, device: torch.device, prefix: str =
             add_hook_to_module(module, AlignDevicesHook(device, offload=True, weights_map=weights))
 
 
+def bring(module: nn.Module, shards: Shards, device: torch.device, name: str) -> None:
+    """Let the submodule `name` hold its parameters on `device` from now on; `offload` takes them away again.
+
+    Only mixers get memory of their own: nothing else is written to, and what is mapped can be read again.
+    """
+    for owner in module.modules():
+        remove_hook_from_module(owner)
+        vars(owner).pop("forward", None)
+    for key, _ in list(module.named_parameters()):
+        path, _, own = key.rpartition(".")
+        tensor = shards[f"{name}.{key}"].to(device)
+        tensor = tensor.clone() if ".linearize." in f".{name}.{key}" else tensor
+        setattr(module.get_submodule(path), own, nn.Parameter(tensor, requires_grad=False))
+
+
+def trim() -> None:
+    """Give freed memory back: glibc keeps freed activations, a tenth of a GB more with each layer of a wide model."""
+    if give_back := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        give_back(0)
+
+
 def spill(module: nn.Module, shards: Shards, device: torch.device, name: str) -> None:
     """Write the parameters of the submodule `name` to a file and free them, with what the work on it has left in the heap."""
     tensors: dict[str, Any] = {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
     if tensors:
         shards.put(name, tensors)
         offload(module, shards, device, name)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
-        trim(0)  # glibc keeps freed activations, a tenth of a GB more with each layer of a wide model
+    trim()

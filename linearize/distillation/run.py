@@ -21,6 +21,8 @@ from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer
 from linearize.distillation.losses import check_losses
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
+from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
+from linearize.distillation.streaming_model import Skeleton
 from linearize.documents import Chat, chat_of, documents
 from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.evaluation.recall_rows import mixed
@@ -74,6 +76,7 @@ def distill(
     shard: bool = False,
     precision: str | None = None,
     gradient_checkpointing: bool = False,
+    streaming: Streaming | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Distilled:
@@ -85,11 +88,13 @@ def distill(
     and `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. Without `merge` the adapter stays apart, in `output`/adapter.
+    `streaming` runs stage attention a few layers at a time, for a model that does not fit in memory.
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
     `shard` spreads the frozen weights over the processes, gathered in `precision` (bfloat16; default: as they are stored).
     """
-    plan = check(directory)["linearize"]
+    config = check(directory)
+    plan, tokenizer = config["linearize"], AutoTokenizer.from_pretrained(directory)
     sources = (data,) if isinstance(data, str) else data
     told = {"data": sources, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
     made = recipe_of(recipe, sets, plan["method"])
@@ -101,17 +106,20 @@ def distill(
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
     check_adapter_apart(directory)
-    training = training_documents(made.data, chat_of(AutoTokenizer.from_pretrained(directory)))
+    training = training_documents(made.data, chat_of(tokenizer))
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
-    model, tokenizer = sharding.opened(
-        directory, accelerator.device, accelerator.num_processes,
-        shard=shard, precision=precision, gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
     rows = Rows(made, plan, tokenizer, text.tokenise(tokenizer, training))
-    check_encoder(model, chosen, rows.mask_token, str(directory))
+    check_encoder(config, chosen, rows.mask_token, str(directory))
+    spread: dict[str, Any] = {"shard": shard, "precision": precision, "gradient_checkpointing": gradient_checkpointing}
+    skeleton = None
+    if streaming is not None:
+        check_streaming(chosen, accelerator.num_processes, spread)
+        skeleton = Skeleton(directory, accelerator.device, target.with_name(f"{target.name}.weights"))
+    model = skeleton.model if skeleton else sharding.opened(directory, accelerator.device, accelerator.num_processes, **spread)
     for chosen_stage in chosen:
         rows(chosen_stage)
+    check_begun(run, streaming, resume, overwrite)
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
     facts |= {"processes": accelerator.num_processes, "shard": shard, "precision": precision}
@@ -119,14 +127,16 @@ def distill(
         shown = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **shown})
     teller = progress if accelerator.is_main_process else silent
-    found = train_stages(
-        accelerator, model, chosen, rows, run, facts,
-        batch=made.batch, seed=made.seed, resume=resume, saving=Saving(save_every, keep), progress=teller,
-    )  # fmt: skip
-    taught = found.model
+    how: Any = {"batch": made.batch, "seed": made.seed, "resume": resume, "saving": Saving(save_every, keep), "progress": teller}
+    if skeleton is not None and streaming is not None:
+        found = stream_stage(accelerator, skeleton, chosen[0], rows(chosen[0]), run, facts, streaming=streaming, **how)
+    else:
+        found = train_stages(accelerator, model, chosen, rows, run, facts, **how)
     if shard and accelerator.is_main_process:
-        taught = sharding.unsharded(taught, directory, accelerator.device)
-    finish(accelerator, taught, tokenizer, found.stages, facts, target, run, overwrite, merge)
+        found.model = sharding.unsharded(found.model, directory, accelerator.device)
+    finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite, merge)
+    if skeleton is not None:
+        skeleton.close()
     if report_to:
         accelerator.end_training()
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
@@ -180,15 +190,24 @@ def stages_for(recipe: Recipe, wanted: str = ALL, tokens: int | None = None) -> 
     return [replace(s, tokens=tokens) if tokens else s for s in own]
 
 
-def check_encoder(model: Any, stages: list[Stage], mask_token: int | None, where: str) -> None:
+def stream_stage(
+    accelerator: Accelerator, skeleton: Skeleton, stage: Stage, rows: text.Packed, run: Path, facts: dict[str, Any], **how: Any
+) -> Trained:
+    """Stage attention, a few layers at a time."""
+    listed = {**facts, "stages": [_listed(stage)]}
+    reports = stream_attention(accelerator, skeleton, stage, rows, run, listed, **how)
+    return Trained(skeleton.whole(), reports)
+
+
+def check_encoder(config: Mapping[str, Any], stages: list[Stage], mask_token: int | None, where: str) -> None:
     """UnsupportedError where an encoder is to learn from logits, but predicts no hidden tokens or has no token to hide others."""
-    if is_causal(model.config.linearize) or all(stage.kind == ATTENTION for stage in stages):
+    if is_causal(config["linearize"]) or all(stage.kind == ATTENTION for stage in stages):
         return
     if any(stage.kind == LONG for stage in stages):
         raise UnsupportedError("stage long predicts the next token, which an encoder does not", where, "--stage attention, or lora")
-    if not model.config.architectures[0].endswith("ForMaskedLM"):
+    if not config["architectures"][0].endswith("ForMaskedLM"):
         fix = "--stage attention, then fine-tune it on its task with transformers' Trainer"
-        raise UnsupportedError(f"stage lora predicts hidden tokens, which {model.config.architectures[0]} does not", where, fix)
+        raise UnsupportedError(f"stage lora predicts hidden tokens, which {config['architectures'][0]} does not", where, fix)
     if mask_token is None:
         raise UnsupportedError("stage lora hides tokens, and this tokenizer has no mask token", where, "--stage attention")
 

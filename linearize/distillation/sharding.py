@@ -36,22 +36,22 @@ def blocks(model: Any) -> list[nn.Module]:
 
 def opened(
     directory: Path, device: torch.device, processes: int, *, shard: bool, precision: str | None, gradient_checkpointing: bool
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, ready to train. UsageError for a precision without sharding."""
+) -> Any:
+    """The model of a checkpoint, ready to train. UsageError for a precision without sharding."""
     if precision and not shard:
         raise UsageError("the precision of gathered weights needs sharded ones", "--mixed-precision", COMMAND)
-    model, tokenizer = load_to_shard(directory, device) if shard else load(directory, device=str(device))
+    model = load_to_shard(directory, device) if shard else load(directory, device=str(device))[0]
     if shard:
         model = spread(model, device, processes, precision)
     if gradient_checkpointing:
         checkpointed(model)
-    return model, tokenizer
+    return model
 
 
-def load_to_shard(directory: Path, device: torch.device) -> tuple[Any, Any]:
-    """Model and tokenizer on the CPU, in the dtype that `device` would have them in: no device ever holds the whole."""
+def load_to_shard(directory: Path, device: torch.device) -> Any:
+    """The model on the CPU, in the dtype that `device` would have them in: no device ever holds the whole."""
     dtype = pick_dtype("auto", check(directory).get("dtype", "float32"), device)
-    return load(directory, dtype=str(dtype).removeprefix("torch."), device="cpu")
+    return load(directory, dtype=str(dtype).removeprefix("torch."), device="cpu")[0]
 
 
 def spread(model: Any, device: torch.device, processes: int, precision: str | None = None) -> Any:
@@ -109,7 +109,7 @@ def gather_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def unsharded(model: Any, directory: Path, device: torch.device) -> Any:
     """A whole model on the CPU with what `model` learned: the frozen weights are read again, so that nothing is gathered."""
-    fresh, _ = load_to_shard(directory, device)
+    fresh = load_to_shard(directory, device)
     if hasattr(model, "peft_config"):
         fresh = lora.like(fresh, model)
     own = dict(fresh.named_parameters())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.calibration import few_logits
+from linearize.distillation.guard import drawn
 from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
 from linearize.distillation.logit_losses import LOGIT_LOSSES, NEEDS_TEACHER, LogitCall
 from linearize.distillation.losses import terms
@@ -85,13 +86,19 @@ class AttentionTransfer:
         """Adds the gradients of every mixer; returns the mean loss over layers."""
         self.by_layer, self.positions = {}, positions
         with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
-            self.model(input_ids=ids, position_ids=positions + first_position(self.model), **few_logits(self.model))
+            self.read(ids, positions)
         return sum(self.by_layer.values()) / len(self.by_layer)
+
+    def read(self, ids: Tensor, positions: Tensor) -> None:
+        """Run the teacher, under observation, over rows (B, T)."""
+        self.model(input_ids=ids, position_ids=positions + first_position(self.model), **few_logits(self.model))
 
     def _observe(self, attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         mixer: Mixer = attention.linearize
         weight = token_weight(self.stage, [mixer.spec], self.positions)
-        with torch.enable_grad(), narrowed([mixer], self.stage):
+        # what a layer draws does not depend on which layers run before it
+        own = drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index)
+        with torch.enable_grad(), own, narrowed([mixer], self.stage):
             call = LayerCall(mixer, inputs, target, weight)
             loss = torch.stack([factor * LAYER_LOSSES[name](call) for name, factor in self.terms.items()]).sum()
             if loss.requires_grad:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from cli.tiny import TEXT, environment, tokenizer
+from flow.large import LIMIT, peak_of, write_large
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import load
 from linearize.conversion import plan as plans
@@ -32,7 +33,7 @@ TINY: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "initializer_range": 0.2, "max_position_embeddings": 4096,
 }  # fmt: skip
-LIMIT, FREE = 2e9, 12e9
+FREE = 12e9
 POLL = 0.01  # seconds
 
 
@@ -163,35 +164,6 @@ def large(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"needs {FREE / 1e9:.0f} GB of disk, {free / 1e9:.1f} GB are free")
     yield write_large(tmp_path / "large")
     shutil.rmtree(tmp_path)
-
-
-def write_large(folder: Path) -> Path:
-    words = tokenizer()
-    words.save_pretrained(folder)
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=15, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=32000, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, dtype="float32",
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    shard = {name: name.split(".")[2] if ".layers." in name else "rest" for name in shapes}
-    for one in sorted(set(shard.values())):
-        tensors = {name: torch.empty(shapes[name]).normal_(std=0.02) for name in shapes if shard[name] == one}
-        save_file(tensors, folder / f"model-{one}.safetensors", metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: f"model-{one}.safetensors" for name, one in shard.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 4e9
-    return folder
-
-
-def peak_of(process: subprocess.Popen[bytes]) -> int:
-    """VmHWM in bytes: the most memory that was resident at once, Python, torch and mapped pages of files included."""
-    try:
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 @pytest.mark.exhaustive
