@@ -177,7 +177,9 @@ def test_what_is_not_streamed_is_refused(folder: Path, text: Path, tmp_path: Pat
     with pytest.raises(UsageError, match="only one stage attention"):
         transfer(folder, text, tmp_path / "out", 2, stage="all")
     with pytest.raises(UsageError, match="by one process, not 2"):
-        streams.check_streaming([Stage("attention", 1, 0.1)], 2)
+        streams.check_streaming([Stage("attention", 1, 0.1)], 2, {})
+    with pytest.raises(UsageError, match="--mixed-precision"):
+        streams.check_streaming([Stage("attention", 1, 0.1)], 1, {"shard": False, "precision": "bfloat16"})
     assert command(["distill", str(folder), "--stream-cache", "2"]) == 2
     assert "--stream-layers" in capsys.readouterr().err
 
