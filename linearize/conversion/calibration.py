@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.plan import Plan
+from linearize.conversion.streaming import CALIBRATION_ROWS
 from linearize.methods.calibration import Calibration, relative_error
+from linearize.methods.slot_fit import fit_slot_score
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import mode, observed
@@ -29,21 +31,24 @@ def start_mixers(
 ) -> list[float]:  # fmt: skip
     """Run the teacher over ids (B, T); each layer's mixer is built and started as its inputs pass, then handed to `after`.
 
+    All rows serve to fit the scores by which slots are given away, the first CALIBRATION_ROWS everything else.
     What a start draws depends on the seed and the layer alone. Returns each layer's relative error.
     """
     seeds = torch.randint(SEEDS, (plan.total,), generator=torch.Generator().manual_seed(seed)).tolist()
     errors: list[float] = []
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        calibration, planned = Calibration(inputs, target), attention.linearize
+        every, planned = Calibration(inputs, target), attention.linearize
+        calibration = every.first(CALIBRATION_ROWS)
         torch.manual_seed(seeds[attention.linearize_index])
         with torch.device(device):
             mixer = attention.linearize = Mixer(planned.spec, planned.shape)
         mixer.eval()
+        fit_slot_score(mixer, every)
         if mixer.spec.has_far:
             plan.parts[attention.linearize_index].method.initialise(mixer, calibration)
-        output, _ = mixer(inputs)
-        errors.append(float(relative_error(output, target).mean()))
+        output, _ = mixer(calibration.inputs)
+        errors.append(float(relative_error(output, calibration.target).mean()))
         progress("calibrate", len(errors), len(plan.parts), relative_error=round(errors[-1], 4))
         after(attention)
 

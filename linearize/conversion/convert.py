@@ -24,10 +24,11 @@ from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
 from linearize.conversion.saving import save
 from linearize.conversion.sources import Source, resolve
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, calibration_rows
 from linearize.devices import pick_device, pick_dtype
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import HubError, InputError, IntegrityError, UnsupportedError, UsageError
+from linearize.evaluation.recall_rows import TASKS, recall_row
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
 from linearize.methods.layout import layout
@@ -186,7 +187,8 @@ def own_text(model: Any) -> Tensor:
 def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None) -> Tensor:
     """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
 
-    As long as the plan's model takes them and, where that is an encoder, framed by its special tokens.
+    As long as the plan's model takes them and, where that is an encoder, framed by its special tokens. Where slots go by a learnt
+    score, more rows follow to fit it, every other one with something in it that is asked for at its end.
     """
     docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
     training, _ = text.split(docs)
@@ -195,8 +197,14 @@ def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None)
     length = min(CALIBRATION_LENGTH, limit, max(max(len(doc) for doc in tokens), 2))
     encoder = plan is not None and not plan.architecture.causal
     rows = text.framed(tokenizer, tokens, length) if encoder else text.whole(tokens, length)
-    step = max(len(rows) // CALIBRATION_ROWS, 1)
-    return rows.ids[::step][:CALIBRATION_ROWS]
+    count = calibration_rows(plan.mixers) if plan is not None else CALIBRATION_ROWS
+    asked = (count - CALIBRATION_ROWS) // 2
+    step = max(len(rows) // (count - asked), 1)
+    ids = rows.ids[::step][: count - asked]
+    if not asked:
+        return ids
+    hidden = [recall_row(TASKS[i % len(TASKS)], tokenizer, tokens, ids.shape[1], f"calibration-{i}") for i in range(asked)]
+    return torch.cat([ids, torch.tensor(hidden)])
 
 
 def convert(
@@ -257,7 +265,7 @@ def measure_swaps(
     progress("load", 1, 1)
     ids = calibration_ids(tokenizer, calibration, plan)
     student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
-    return swap_costs(student, ids.to(device), progress)
+    return swap_costs(student, ids[:CALIBRATION_ROWS].to(device), progress)
 
 
 def file_name(method: str) -> str:

@@ -13,6 +13,7 @@ from linearize.conversion.streaming import (
     MLP_MATRICES,
     RANKED_LENGTH,
     activation_bytes,
+    calibration_rows,
     expert_width,
     tensor_sizes,
 )
@@ -53,11 +54,12 @@ def estimate(plan: Plan, dtype: str = "auto", device: str = "auto", rate: float 
     rate = rate or matmul_rate(stored, on)
     weights = stored.itemsize * sum(tensor_sizes(plan.source, plan.architecture))
     added = MIXER_BYTES * plan.parameters_added
-    tokens = {START: CALIBRATION_ROWS * CALIBRATION_LENGTH} | {s.kind: s.tokens for s in stages_of(plan.method)}
+    rows = calibration_rows(plan.mixers)
+    tokens = {START: rows * CALIBRATION_LENGTH} | {s.kind: s.tokens for s in stages_of(plan.method)}
     if plan.keeps:  # the model runs as it is, then with each layer swapped
         tokens = {RANK: CALIBRATION_ROWS * RANKED_LENGTH * (len(plan.parts) + 1)} | tokens
     seconds = {kind: count * COSTS[kind] * forward_flops(plan, kind in WITH_LOGITS) / rate for kind, count in tokens.items()}
-    held = weights + added + activation_bytes(plan.shape, plan.architecture.mlp_width(plan.source.config))
+    held = weights + added + activation_bytes(plan.shape, plan.architecture.mlp_width(plan.source.config), rows)
     unpacked = 2 * weights if plan.source.format == "gguf" else 0  # all of its tensors, then the model's
     peak = plan.route.peak_bytes or max(held, unpacked)
     name = str(stored).removeprefix("torch.")

@@ -11,7 +11,7 @@ from linearize.conversion.architectures import Architecture
 from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import kept_count, select_layers
 from linearize.conversion.sources import Source, resolve
-from linearize.conversion.streaming import Route, route
+from linearize.conversion.streaming import Route, calibration_rows, route
 from linearize.errors import InputError, UnsupportedError
 from linearize.methods import DEFAULT, get, single_names
 from linearize.methods.layout import Place, layout
@@ -43,7 +43,7 @@ class Plan:
         """How the weights get to the checkpoint, and what memory that takes."""
         if self.keeps:
             return Route(False, "keep:auto measures the whole model", None)
-        return route(self.source, self.architecture)
+        return route(self.source, self.architecture, calibration_rows(self.mixers))
 
     @property
     def parameters_added(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 from linearize.conversion.architectures import Architecture
 from linearize.conversion.preflight import safetensors_header, weight_files
 from linearize.conversion.sources import Source
-from linearize.modeling.spec import Shape
+from linearize.modeling.spec import MixerSpec, Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
+SCORE_ROWS = 30  # more of them where slots go by a learnt score
 RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
@@ -33,14 +34,14 @@ class Route:
         return {"streamed": self.streamed, "reason": self.reason, "peak_bytes": self.peak_bytes}
 
 
-def route(source: Source, family: Architecture) -> Route:
+def route(source: Source, family: Architecture, rows: int = CALIBRATION_ROWS) -> Route:
     """Safetensors, in a folder or on the hub, are streamed; a GGUF file is unpacked whole, a model in memory is there already."""
     if source.format == "gguf":
         return Route(False, "a GGUF file is unpacked whole", None)
     if source.format == "memory":
         return Route(False, "the model is in memory already", None)
     shape, mlp = family.shape(source.config), family.mlp_width(source.config)
-    return Route(True, "", peak_bytes(shape, mlp, tensor_sizes(source, family)))
+    return Route(True, "", peak_bytes(shape, mlp, tensor_sizes(source, family), rows))
 
 
 def tensor_sizes(source: Source, family: Architecture) -> list[int]:
@@ -62,18 +63,23 @@ def expert_width(config: Mapping[str, Any], family: Architecture) -> int:
     return int(config.get("moe_intermediate_size") or family.mlp_width(config))
 
 
-def peak_bytes(shape: Shape, mlp: int, sizes: list[int]) -> int:
+def calibration_rows(mixers: Iterable[MixerSpec]) -> int:
+    """How many calibration rows these mixers ask for."""
+    return CALIBRATION_ROWS + (SCORE_ROWS if any(mixer.scores_learned for mixer in mixers) else 0)
+
+
+def peak_bytes(shape: Shape, mlp: int, sizes: list[int], rows: int = CALIBRATION_ROWS) -> int:
     """The most that is in memory at once: the largest tensor and the activations of a layer's start, or a shard being written.
 
-    `sizes` are the elements of the model's tensors, `mlp` the width of its feed-forward layers.
+    `sizes` are the elements of the model's tensors, `mlp` the width of its feed-forward layers, `rows` what the start looks at.
     """
     shard = min(WIDEST * sum(sizes), max(SHARD_BYTES, WIDEST * max(sizes)))
-    return max(shard, WIDEST * max(sizes) + activation_bytes(shape, mlp))
+    return max(shard, WIDEST * max(sizes) + activation_bytes(shape, mlp, rows))
 
 
-def activation_bytes(shape: Shape, mlp: int) -> int:
+def activation_bytes(shape: Shape, mlp: int, rows: int = CALIBRATION_ROWS) -> int:
     """What the start of a layer holds in fp32: hidden states, the MLP's, q, k, v and features of each head, a block of scores."""
-    tokens = CALIBRATION_ROWS * CALIBRATION_LENGTH
+    tokens = rows * CALIBRATION_LENGTH
     scores = SCORE_BLOCKS * tokens * shape.heads * ROW_BLOCK
     streams = HIDDEN_COPIES * shape.hidden_size + MLP_COPIES * mlp + HEAD_COPIES * shape.heads * shape.head_dim
     return WIDEST * (tokens * streams + scores)

@@ -15,7 +15,7 @@ from linearize.errors import InputError, UsageError
 from linearize.methods.base import CALIBRATED, Method, parse_options
 
 DEFAULT = "default"
-_NOT_METHODS = {"base", "calibration", "families", "layout", "moments", "starts"}
+_NOT_METHODS = {"base", "calibration", "families", "layout", "moments", "slot_fit", "starts"}
 
 
 def names() -> list[str]:

@@ -21,7 +21,7 @@ AXES: dict[str, str] = {
     "window_kind": "sliding, or terraced (own block and the one before)",
     "sinks": "exact first tokens",
     "slots": "exact places for tokens that left the window",
-    "slot_score": "which tokens get them: attention, recall, product or norm",
+    "slot_score": "which tokens get them: attention, recall, product, norm or learned",
     "share_kv": "one memory for each kv head: a state H/G times smaller",
     "far_rope": "queries and keys of the memory keep RoPE",
     "conv": "taps of a causal convolution on q and k of the memory; 0 is none",
@@ -32,6 +32,7 @@ AXES: dict[str, str] = {
     "experts": "routed memories beside a shared one; 0 is none",
     "active": "routed memories for each token",
     "state_dtype": "storage of the memory: float32 or bfloat16",
+    "kv_dtype": "storage of exact keys and values: model (as computed) or int8",
 }
 _AXIS_TYPES = {f.name: str(f.type) for f in fields(MixerSpec)}
 
@@ -158,7 +159,7 @@ def moved(spec: MixerSpec, axes: Mapping[str, Any]) -> MixerSpec:
     if spec.has_near and spec.has_far and not new.window:
         new = replace(
             new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", null_logits=0,
-            far_mass="none", learned_weights=False, far_weight=None,
+            kv_dtype="model", far_mass="none", learned_weights=False, far_weight=None,
         )  # fmt: skip
     return replace(new, **{key: value for key, value in axes.items() if key in ("merge", "coverage", "far_mass")})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from linearize.modeling.mixer import Inputs
 
 ROW_BLOCK = 256
+ROWS = ("q", "k", "v", "hidden", "mask", "segments", "cos", "sin", "raw_q", "raw_k")  # inputs with a first dimension of rows
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Calibration:
     inputs: Inputs
     target: Tensor
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def first(self, rows: int) -> Calibration:
+        """The first rows alone."""
+        every = {name: getattr(self.inputs, name) for name in ROWS}
+        cut = {name: x[:rows] for name, x in every.items() if x is not None}
+        return Calibration(replace(self.inputs, **cut), self.target[:rows])
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at keys that it does not see."""

@@ -13,8 +13,10 @@ except ImportError as error:
 from .far import Far
 from .frames import Frame
 from .memory import State, stored
+from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
-from .spec import MixerSpec
+from .spec import MixerSpec, Shape
+from .storage import kept, opened
 from .window import Keys, Part, Scores, attend
 
 
@@ -30,6 +32,10 @@ class Queries:
 
 class Leaving(Far):
     """The far memory behind a window, and exact slots between the two."""
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        super().__init__(spec, shape)
+        self.slot_score = SlotScore(shape) if spec.scores_learned else None
 
     @property
     def takes_leavers(self) -> bool:
@@ -91,8 +97,7 @@ class Leaving(Far):
                 losers = admission.losers()
                 read, far = self._enter(losers, admission.out, position, features[..., block, :], far, own_route)
                 reads.append(read)
-        for name, x in slots.items():
-            after[f"slot_{name}"] = x.to(state[f"slot_{name}"].dtype)
+        after.update(self._kept_slots(slots, state))
         if scores:
             joined["scores"] = put_back(joined["scores"], torch.cat(scores, 2), frame.source)
         if far is not None:
@@ -104,7 +109,11 @@ class Leaving(Far):
         return part, frame.back(torch.cat(reads, dim=3)) if reads else None
 
     def _admit(self, slots: Tokens, tokens: Tokens, valid: Tensor) -> Admission:
-        return admit(slots, {**{n: x for n, x in tokens.items() if n != "scores"}, "score": slot_score(self.spec, tokens)}, valid)
+        score = slot_score(self.spec, tokens, self.slot_score)
+        return admit(slots, {**{n: x for n, x in tokens.items() if n != "scores"}, "score": score}, valid)
+
+    def _kept_slots(self, slots: Tokens, state: State) -> State:
+        return {f"slot_{name}": kept(x, state[f"slot_{name}"].dtype) for name, x in slots.items()}
 
     def _recalled(self, tokens: Tokens, position: Tensor, begins: Tensor, far: Tensor) -> Tensor:
         """Scores (B, G, n, .) with the memory's recall error of those tokens where a window's length `begins` (B,)."""
@@ -143,13 +152,13 @@ class Leaving(Far):
         if spec.block == 1 or bool(due.any()):
             index = (count[:, None] + offsets) % spec.recent
             recent = {name: x for name, x in after.items() if name.startswith("recent_")}
-            tokens = {name.removeprefix("recent_"): gather(x, index).to(dtype) for name, x in recent.items()}
+            tokens = {name.removeprefix("recent_"): opened(gather(x, index), dtype) for name, x in recent.items()}
             if spec.slots:
                 admission = self._admit(held(state, dtype), tokens, valid)
-                after.update({f"slot_{name}": x.to(state[f"slot_{name}"].dtype) for name, x in admission.slots.items()})
+                after.update(self._kept_slots(admission.slots, state))
                 tokens, valid = admission.losers(), admission.out
         if spec.slots:
-            k, v, there = after["slot_k"].to(dtype), after["slot_v"].to(dtype), after["slot_score"] > -torch.inf
+            k, v, there = opened(after["slot_k"], dtype), opened(after["slot_v"], dtype), after["slot_score"] > -torch.inf
             part, _ = attend(
                 queries.near.unsqueeze(3), [Keys(k[:, :, None], v[:, :, None], there[:, :, None, None])], queries.score
             )
@@ -170,7 +179,9 @@ class Leaving(Far):
             q = queries.far.expand(-1, -1, -1, self.spec.block, -1)
             route = None if queries.route is None else queries.route.expand(-1, -1, self.spec.block, -1)
             far = self._enter(tokens, valid, position, q, far, route)[1]
-        first = {name.removeprefix("recent_"): x[:, :, :1].to(far.dtype) for name, x in state.items() if name.startswith("recent_")}
+        first = {
+            name.removeprefix("recent_"): opened(x[:, :, :1], far.dtype) for name, x in state.items() if name.startswith("recent_")
+        }
         return far, first, torch.zeros_like(valid[:, :1]), position[:, :1]
 
     def _score_recent(self, state: State, far: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,7 +193,7 @@ class Leaving(Far):
         offsets = torch.arange(spec.window, device=count.device)
         index = (count[:, None] + offsets) % spec.recent
         tokens = {
-            name.removeprefix("recent_"): gather(x, index).to(dtype) for name, x in state.items() if name.startswith("recent_")
+            name.removeprefix("recent_"): opened(gather(x, index), dtype) for name, x in state.items() if name.startswith("recent_")
         }
         found = self._recalled(tokens, (count - spec.recent)[:, None] + offsets, begins, far)
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
@@ -191,7 +202,7 @@ class Leaving(Far):
 def held(state: State, dtype: torch.dtype) -> Tokens:
     """The slots' tokens; their scores keep their own dtype."""
     names = [name for name in state if name.startswith("slot_")]
-    return {n.removeprefix("slot_"): state[n] if n == "slot_score" else state[n].to(dtype) for n in names}
+    return {n.removeprefix("slot_"): state[n] if n == "slot_score" else opened(state[n], dtype) for n in names}
 
 
 def gather(ring: Tensor, index: Tensor) -> Tensor:
@@ -205,10 +216,3 @@ def put_back(joined: Tensor, values: Tensor, source: Tensor) -> Tensor:
     index = torch.where((source >= 0) & (source < size), source, size)
     spare = spare.scatter(2, index[:, None, :, None].expand(joined.shape[0], joined.shape[1], -1, joined.shape[3]), values)
     return spare[:, :, :size]
-
-
-def slot_score(spec: MixerSpec, tokens: Tokens) -> Tensor:
-    """Score (B, G, n) of tokens that leave: the attention they got, the memory's error on them, both, or a small key."""
-    if spec.slot_score == "norm":
-        return -tokens["k"].detach().square().sum(-1).sqrt()
-    return tokens["scores"].detach().prod(-1)

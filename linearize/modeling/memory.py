@@ -12,7 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
-from .spec import MixerSpec, Shape
+from .spec import SCALE_BYTES, MixerSpec, Shape
+from .storage import kept
 from .window import ring_positions
 
 State = dict[str, Tensor]
@@ -33,9 +34,10 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
             state[name] = torch.full((batch, *size), value, dtype=dtype, device=device)
 
     if spec.has_near:
-        held = [("k", kv, shape.head_dim, dtype), ("v", kv, shape.value_dim, dtype)]
-        add("sink_k", kv, spec.sinks, shape.head_dim)
-        add("sink_v", kv, spec.sinks, shape.value_dim)
+        exact, extra = (torch.int8, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
+        held = [("k", kv, shape.head_dim + extra, exact), ("v", kv, shape.value_dim + extra, exact)]
+        for name, _, width, own in held if spec.sinks else ():
+            add(f"sink_{name}", kv, spec.sinks, width, dtype=own)
         if spec.coverage == "older":
             held += [(name, kv, width, wide) for name, width in spec.kept_far(shape).items()]
             held += [(name, memories, width, wide) for name, width in spec.arrivals(shape).items()]
@@ -66,7 +68,7 @@ def refill(joined: Tensor, capacity: int, before: Tensor, after: Tensor, dtype: 
     """The ring after `after` tokens, from the R older and T new tokens `joined` (B, h, R + T, D) in order of position."""
     index = ring_positions(after, capacity) - before[:, None] + capacity
     index = index.clamp(min=0, max=joined.shape[2] - 1)
-    return joined.gather(2, index[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])).to(dtype)
+    return kept(joined.gather(2, index[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])), dtype)
 
 
 def stored(far: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def stored(far: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
 
 def put(ring: Tensor, new: Tensor, slot: Tensor) -> Tensor:
     """The ring with one new token (B, h, 1, D) at `slot` (B,)."""
-    return ring.scatter(2, slot[:, None, None, None].expand(-1, ring.shape[1], 1, ring.shape[3]), new.to(ring.dtype))
+    return ring.scatter(2, slot[:, None, None, None].expand(-1, ring.shape[1], 1, ring.shape[3]), kept(new, ring.dtype))
 
 
 def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Ten
     position = torch.arange(sinks.shape[2], device=sinks.device)
     index = (position - before[:, None]).clamp(min=0, max=new.shape[2] - 1)
     fresh = (position >= before[:, None]) & (position < after[:, None])
-    taken = new.gather(2, index[:, None, :, None].expand_as(sinks)).to(sinks.dtype)
+    taken = kept(new.gather(2, index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])), sinks.dtype)
     return torch.where(fresh[:, None, :, None], taken, sinks)
 
 

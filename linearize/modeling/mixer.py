@@ -20,6 +20,7 @@ from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
+from .storage import opened, rounded
 from .window import Part, Scores, entered, near_chunked, near_step
 
 
@@ -138,13 +139,15 @@ class Mixer(Leaving):
         spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
         q, k, v = (take(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
+        if spec.kv_dtype == "int8":
+            k, v = rounded(k), rounded(v)
         lengths = None if rows is None else rows.lengths
         count = torch.zeros(1, dtype=torch.long, device=q.device) if state is None else state["count"]
         position = count[:, None] + torch.arange(q.shape[2], device=q.device)
-        if not spec.has_far:
-            return Stream(q, k, v, q, k, v, {}, None, position, lengths, {})
-        far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
         hidden = None if inputs.hidden is None else take(inputs.hidden.to(dtype)[:, None])[:, 0]
+        if not spec.has_far:
+            return Stream(q, k, v, q, k, v, {}, hidden, position, lengths, {})
+        far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
         plain_k = k
         if not spec.far_rope or spec.decay == "key":
             plain_k = take(self._plain(inputs.k.to(dtype), inputs.raw_k, inputs))
@@ -168,6 +171,8 @@ class Mixer(Leaving):
             held |= {name: x for name, x in (("far_k", s.far_k), ("far_v", s.far_v)) if name in own} | s.arrivals
         if self.spec.scores:
             held["scores"] = s.k.new_zeros(*s.k.shape[:3], self.spec.scores)
+        if self.slot_score is not None:
+            held["scores"] = torch.cat([held["scores"][..., :-1], self.slot_score.project(s.hidden).detach()], dim=-1)
         return held
 
     def _queries(self, s: Stream, score: Scores) -> Queries:
@@ -184,7 +189,7 @@ class Mixer(Leaving):
             exact, read = self.leave_step(queries, state, after)
             for name, x in self._held(s).items():
                 after[f"recent_{name}"] = put(after[f"recent_{name}"], x, count % spec.recent)
-            ring = (after["recent_k"].to(s.q.dtype), after["recent_v"].to(s.q.dtype))
+            ring = (opened(after["recent_k"], s.q.dtype), opened(after["recent_v"], s.q.dtype))
             near, got = near_step(queries.near, *ring, *self._sinks(s, state, after), count + 1, spec, score)
             near = self._joined(near, exact)
             if spec.scores_attention:
@@ -211,7 +216,7 @@ class Mixer(Leaving):
             for name, x in self._held(s).items():
                 past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
                 joined[name] = torch.cat(
-                    [past if state is None else chronological(state[f"recent_{name}"], count).to(x.dtype), x], dim=2
+                    [past if state is None else opened(chronological(state[f"recent_{name}"], count), x.dtype), x], dim=2
                 )
             near = self._near(queries.near, s, before, joined, after, score, state is None)
             if self.takes_leavers or spec.slots:
@@ -248,7 +253,7 @@ class Mixer(Leaving):
             return s.k, s.v
         for name, x in (("sink_k", s.k), ("sink_v", s.v)):
             after[name] = fill_sinks(before[name], x, before["count"], after["count"])
-        return after["sink_k"].to(s.k.dtype), after["sink_v"].to(s.v.dtype)
+        return opened(after["sink_k"], s.k.dtype), opened(after["sink_v"], s.v.dtype)
 
     def _joined(self, near: Part, exact: Part | None) -> Part:
         return near if exact is None or self.ablate == "slots" else near.join(exact)

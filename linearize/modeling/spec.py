@@ -18,12 +18,13 @@ GATE_FORMS = ("sigmoid", "softplus", "rwkv")
 GATE_KEYS = ("none", "complement", "balance", "step")
 COVERAGES = ("older", "all")
 WINDOWS = ("sliding", "terraced")
-SLOT_SCORES = ("attention", "recall", "product", "norm")
+SLOT_SCORES = ("attention", "recall", "product", "norm", "learned")
 MERGES = ("far", "near", "denominator", "sum", "gate")
 FAR_MASSES = ("none", "head", "query")
 NORMS = ("none", "rms", "group")
 OUT_GATES = ("none", "silu", "sigmoid")
 STATE_DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("model", "int8")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "rule": RULES,
@@ -39,10 +40,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": NORMS,
     "out_gate": OUT_GATES,
     "state_dtype": STATE_DTYPES,
+    "kv_dtype": KV_DTYPES,
 }
 WHOLE_NUMBERS = (
     "window", "sinks", "slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
 )  # fmt: skip
+SCALE_BYTES = 2  # behind the codes of a vector in int8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -104,6 +107,7 @@ class MixerSpec:
     conv_v: bool = False  # on v as well
     conv_silu: bool = False  # SiLU after it
     state_dtype: str = "float32"
+    kv_dtype: str = "model"  # of exact keys and values: as the model computes them, or int8 with a scale a token and head
     causal: bool = True  # false: an encoder's layer, whose tokens all enter the memory before any of them reads it
 
     @classmethod
@@ -123,8 +127,9 @@ class MixerSpec:
     def near_only(self) -> MixerSpec:
         """The same window and sinks with no far memory and no slots: the baseline of every report."""
         return MixerSpec(
-            feature_map="identity", merge="near", share_kv=True, window=self.window, window_kind=self.window_kind, sinks=self.sinks
-        )
+            feature_map="identity", merge="near", share_kv=True, window=self.window, window_kind=self.window_kind, sinks=self.sinks,
+            kv_dtype=self.kv_dtype,
+        )  # fmt: skip
 
     @property
     def has_near(self) -> bool:
@@ -176,7 +181,7 @@ class MixerSpec:
     @property
     def scores_attention(self) -> bool:
         """Slots go by the attention that a token received in the window."""
-        return bool(self.slots) and self.slot_score in ("attention", "product")
+        return bool(self.slots) and self.slot_score in ("attention", "product", "learned")
 
     @property
     def scores_recall(self) -> bool:
@@ -184,9 +189,14 @@ class MixerSpec:
         return bool(self.slots) and self.slot_score in ("recall", "product")
 
     @property
+    def scores_learned(self) -> bool:
+        """Slots go by a score that is learnt, of a token's attention and the layer's input."""
+        return bool(self.slots) and self.slot_score == "learned"
+
+    @property
     def scores(self) -> int:
         """Scores kept for each recent token, so that a slot can be given to it when it leaves."""
-        return int(self.scores_attention) + int(self.scores_recall)
+        return int(self.scores_attention) + int(self.scores_recall) + int(self.scores_learned)
 
     def validate(self) -> None:
         """Refuse illegal points with the reason (ValueError)."""
@@ -209,7 +219,8 @@ class MixerSpec:
         """Bytes of one sequence's state in one layer, for a model whose activations take `dtype_bytes` each."""
         if not self.causal:
             return 0  # an encoder reads each text once and carries nothing on
-        kv = (shape.head_dim + shape.value_dim) * shape.kv_heads * dtype_bytes
+        widths = shape.head_dim + shape.value_dim
+        kv = shape.kv_heads * (widths * dtype_bytes if self.kv_dtype == "model" else widths + 2 * SCALE_BYTES)
         extra = sum(self.kept_far(shape).values()) * shape.kv_heads * 4
         extra += sum(self.arrivals(shape).values()) * self.memories(shape) * 4
         extra = extra if self.coverage == "older" else 0

@@ -28,6 +28,7 @@ def _near(s: Any) -> list[Rule]:
             not s.has_far and s.scores_recall,
             f"slot_score '{s.slot_score}' reads the far memory, and merge 'near' has none",
         ),
+        (not s.has_near and s.kv_dtype != "model", "kv_dtype is that of exact tokens, and merge 'far' has none"),
         (not s.slots and s.slot_score != "attention", "a slot_score needs slots"),
         (
             s.scores_recall and s.coverage != "older",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Document:
         self.cos = None if inputs.cos is None else inputs.cos.expand(len(inputs.q), -1, -1)[row, at]
         self.sin = None if inputs.sin is None else inputs.sin.expand(len(inputs.q), -1, -1)[row, at]
         self.plain_q, self.plain_k = self.plain(self.q, inputs.raw_q, row, at), self.plain(self.k, inputs.raw_k, row, at)
+        if self.spec.kv_dtype == "int8":
+            self.k, self.v = eight_bits(self.k), eight_bits(self.v)
         self.time, self.heads, self.kv_heads = len(at), len(self.q), len(self.k)
         self.exact: list[list[list[int]]] = []  # for each time and kv head, the tokens in its slots
         self.entered: list[list[int]] = [[] for _ in range(self.kv_heads)]  # in order of entry
@@ -187,6 +190,11 @@ class Document:
         if kind == "norm":
             return -float(self.k[g, j].detach().norm())
         attention = float(received[g, j]) if received is not None and kind != "recall" else 1.0
+        if self.mixer.slot_score is not None:
+            log = math.log(max(attention, 1e-3))
+            one, two = self.mixer.slot_score.attention[g].tolist()
+            level = float(self.projected(self.mixer.slot_score)[g, j].detach())
+            return level + float(one) * log + float(two) * log**2
         return attention * (recalled[j] if kind != "attention" else 1.0)
 
     def received(self) -> Tensor:
@@ -260,6 +268,13 @@ class Document:
         if self.spec.far_mass == "head":
             return top + mass.bias[:, None]
         return torch.einsum("htd,hd->ht", self.far_q, mass.query) + mass.bias[:, None] + mass.near[:, None] * top
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """Vectors of x (..., D) in 255 steps of their own size, which is a bf16 number; the gradient does not see it."""
+    step = (x.detach().abs().max(-1, keepdim=True).values / 127).bfloat16().to(x)
+    near = torch.where(step == 0, 0.0, (x.detach() / step).round().clamp(-127, 127) * step)
+    return x + near - x.detach()
 
 
 def compete(slots: dict[int, float], j: int, score: float, size: int) -> int | None:

@@ -26,6 +26,7 @@ REPRESENTATIVE = (*HEADLINE, "gsa", "gateloop", "mom", "rwkv7", "mamba2", "lola"
 VARIED: tuple[dict[str, Any], ...] = (
     {"window_kind": "sliding", "share_kv": False}, {"window_kind": "terraced", "share_kv": True},
     {"window_kind": "sliding", "share_kv": True, "slots": 3},
+    {"window_kind": "terraced", "share_kv": True, "slots": 3, "slot_score": "learned", "kv_dtype": "int8"},
 )  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""A learnt slot score in closed form: which tokens will the teacher still look at, once they have left the window?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.methods.calibration import Calibration
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.slot_scores import log_attention
+
+RIDGE = 1e-3
+
+
+def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
+    """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
+    that token i got inside it.
+
+    Only tokens that leave the window early enough to be looked at for as long again are counted; rows shorter than that leave
+    the score as it is. As KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient.
+    """
+    learned, hidden, spec = mixer.slot_score, calibration.inputs.hidden, mixer.spec
+    if learned is None or hidden is None:
+        return
+    time = hidden.shape[1]
+    counted = slice(spec.sinks, time - 2 * spec.recent)
+    if counted.stop - counted.start < 1:
+        return
+    got, wanted = attention_inside_and_beyond(mixer, calibration)
+    x = hidden[:, counted].flatten(0, 1).float()
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=-1)
+    gram = (x.T @ x).double()
+    for head in range(mixer.shape.kv_heads):
+        own = log_attention(got[:, head, counted].flatten())
+        target = log_attention(wanted[:, head, counted].flatten())[:, 0]
+        weight = ridge(x, gram, own, target)
+        learned.up.data[head], learned.attention.data[head] = weight[: x.shape[1] - 1], weight[x.shape[1] :]
+        assert learned.bias is not None
+        learned.bias.data[head] = weight[x.shape[1] - 1]
+
+
+def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:
+    """Weights (C + 2,) of columns x (N, C), whose gram matrix is known, and own (N, 2) against target (N,)."""
+    across = (x.T @ own).double()
+    whole = torch.cat([torch.cat([gram, across], 1), torch.cat([across.T, (own.T @ own).double()], 1)])
+    size = RIDGE * whole.diagonal().mean() * torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
+    right = torch.cat([x.T @ target, own.T @ target]).double()
+    solution: Tensor = torch.linalg.solve(whole + size, right)
+    return solution.to(x.dtype)
+
+
+def attention_inside_and_beyond(mixer: Mixer, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """The largest attention of a query that each token gets from more than an eighth of the window away while it is in the window,
+    of what sinks and window then share out; and from beyond the window, of the teacher's own: each (B, G, T)."""
+    spec, groups = mixer.spec, mixer.shape.kv_heads
+    q = calibration.inputs.q
+    inside, beyond = (torch.zeros(q.shape[0], groups, q.shape[2], device=q.device) for _ in range(2))
+    keys = torch.arange(q.shape[2], device=q.device)
+    for block, scores in calibration.rows():
+        distance = keys[block, None] - keys
+        reach = spec.window if spec.block == 1 else spec.window + keys[block, None] % spec.window
+        out = distance >= reach
+        exact = scores.masked_fill(out & (keys >= spec.sinks), -torch.inf).softmax(-1)
+        for total, share, left_out in ((inside, exact, distance <= spec.window // 8), (beyond, scores.softmax(-1), ~out)):
+            most = share.masked_fill(left_out, 0).amax(2).unflatten(1, (groups, -1)).amax(2)
+            torch.maximum(total, most.to(total.dtype), out=total)
+    return inside, beyond

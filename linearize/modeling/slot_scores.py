@@ -1,0 +1,48 @@
+"""What a token that leaves the window is worth: the slots keep those of the highest score, for each kv head."""
+
+from __future__ import annotations
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+from .gates import Projection
+from .slots import Tokens
+from .spec import MixerSpec, Shape
+
+FLOOR = 1e-3  # of attention, before its logarithm: less is as good as none
+
+
+class SlotScore(Projection):
+    """s = w . x + b + a1 log r + a2 log^2 r, x the layer's input and r the largest attention that the token got in the window.
+
+    Fitted to the log of the largest attention that the teacher's queries beyond the window give it. Unfitted it is log r.
+    A choice has no gradient, so these parameters have none.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape.hidden_size, shape.kv_heads, 1)
+        start = torch.tensor([1.0, 0.0]).repeat(shape.kv_heads, 1)
+        self.attention = nn.Parameter(start)
+
+    def score(self, got: Tensor) -> Tensor:
+        """Scores (B, G, n) of tokens that hold (attention r, w . x + b) (B, G, n, 2)."""
+        columns = log_attention(got[..., 0])
+        found: Tensor = got[..., 1] + (columns * self.attention.to(got.dtype)[:, None]).sum(-1)
+        return found
+
+
+def log_attention(attention: Tensor) -> Tensor:
+    """(log r, log^2 r) of attention (...): (..., 2)."""
+    log = attention.clamp(min=FLOOR).log()
+    return torch.stack([log, log.square()], dim=-1)
+
+
+def slot_score(spec: MixerSpec, tokens: Tokens, learned: SlotScore | None) -> Tensor:
+    """Score (B, G, n) of tokens that leave: the attention they got, the memory's error on them, both, a small key, or as learnt."""
+    if spec.slot_score == "norm":
+        return -tokens["k"].detach().square().sum(-1).sqrt()
+    scores = tokens["scores"].detach()
+    return scores.prod(-1) if learned is None else learned.score(scores).detach()
