@@ -31,7 +31,7 @@ from linearize.errors import HubError, InputError, IntegrityError, UnsupportedEr
 from linearize.evaluation.recall_rows import TASKS, recall_row
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
-from linearize.methods.layout import layout
+from linearize.methods.layout import check_options
 from linearize.modeling.modeling_linearized import install, linearized_class
 from linearize.progress import Progress, silent
 
@@ -225,7 +225,7 @@ def convert(
     progress: Progress = silent,
 ) -> Converted:
     """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked."""
-    layout(method, options, start)
+    check_options(method, options, start)
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
     if calibration is not None:

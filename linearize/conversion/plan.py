@@ -14,7 +14,7 @@ from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import Route, calibration_rows, route
 from linearize.errors import InputError, UnsupportedError
 from linearize.methods import DEFAULT, get, single_names
-from linearize.methods.layout import Place, layout
+from linearize.methods.layout import Place, check_options, layout
 from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
 
 KV_LENGTHS = (4096, 32768)
@@ -173,14 +173,16 @@ def bidirectional(place: Place, where: str) -> Place:
 def plan_for(source: Source, method: str, layers: str | None, options: Mapping[str, Any], start: str) -> Plan:
     """The plan for a known source; an error says which layer, option or method is wrong."""
     family = family_of(source)
-    places = layout(method, options, start)
-    if not family.causal:
-        places = tuple(place and bidirectional(place, source.id) for place in places)
     chosen = select_layers(layers, family, source.config)
     shape, sliding = family.shape(source.config), family.sliding(source.config)
     norm_eps = float(source.config.get("rms_norm_eps", 1e-6))
-    given = ((layer, places[i % len(places)]) for i, layer in enumerate(chosen))
-    parts = {layer: reaching(place.within(shape, norm_eps), sliding[layer]) for layer, place in given if place is not None}
+    parts = {}
+    for i, layer in enumerate(chosen):
+        places = layout(method, options, start, layer)
+        place = places[i % len(places)]
+        if place is not None:
+            place = place if family.causal else bidirectional(place, source.id)
+            parts[layer] = reaching(place.within(shape, norm_eps), sliding[layer])
     if not parts:
         raise InputError(f"'{method}' converts none of the layers", "--method", "a pattern must reach a method within the layers")
     return Plan(source, family, method, dict(options), start, parts, shape, kept_count(layers, len(parts)))
@@ -197,5 +199,5 @@ def make_plan(
     trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a conversion from MODEL's config alone: nothing is loaded, at most config.json is fetched."""
-    layout(method, options, start)  # a wrong method or option is said before anything is looked for
+    check_options(method, options, start)  # a wrong method or option is said before anything is looked for
     return plan_for(resolve(model, revision, trust_remote_code), method, layers, options or {}, start)

@@ -7,6 +7,7 @@ from typing import Any
 
 from linearize.conversion.architectures import Architecture
 from linearize.errors import InputError
+from linearize.methods.layout import listed
 
 AUTO = "keep:auto:"
 FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax), keep:25% or keep:auto:3 (the dearest stay)"
@@ -29,7 +30,7 @@ def select_layers(selector: str | None, architecture: Architecture, config: Mapp
             stay = {round((i + 0.5) * count / kept - 0.5) for i in range(kept)}
             chosen = [i for i in every if i not in stay]
         else:
-            chosen = _listed(selector)
+            chosen = listed(selector)
     except (ValueError, ZeroDivisionError):
         raise InputError(f"cannot read the layers '{selector}'", "--layers", FIX) from None
     outside = [i for i in chosen if i not in every]
@@ -48,11 +49,3 @@ def kept_count(selector: str | None, converted: int) -> int:
     if not text.isdecimal() or not 0 < int(text) < converted:
         raise InputError(f"cannot read the layers '{selector}'", "--layers", f"keep:auto:K with K from 1 to {converted - 1}")
     return int(text)
-
-
-def _listed(selector: str) -> list[int]:
-    found: set[int] = set()
-    for part in selector.split(","):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)

@@ -27,13 +27,16 @@ class Place:
         return replace(self, mixer=self.method.within(self.mixer, shape, norm_eps))
 
 
-def layout(name: str, options: Mapping[str, Any] | None = None, start: str = CALIBRATED) -> tuple[Place | None, ...]:
+def layout(
+    name: str, options: Mapping[str, Any] | None = None, start: str = CALIBRATED, layer: int | None = None
+) -> tuple[Place | None, ...]:
     """The places of a method, a hybrid, or a list such as `gated-deltanet*3,softmax`; None stays softmax.
 
-    An option goes to every member that has it. InputError where none has, UsageError for an unknown name.
+    An option goes to every member that has it; one of some layers, as in `slots@7-8,20=600`, only to the places of this `layer`.
+    InputError where none has it, UsageError for an unknown name.
     """
     members = expand(name)
-    options = options or {}
+    options = of_layer(options or {}, layer)
     own = {member: _options_of(member) for member in members if member != SOFTMAX}
     if not own:
         raise InputError(f"'{name}' converts no layer", "--method", "name at least one method, as in: liger*6,softmax")
@@ -45,6 +48,39 @@ def layout(name: str, options: Mapping[str, Any] | None = None, start: str = CAL
         for member, known in own.items()
     }
     return tuple(None if m == SOFTMAX else Place(m, made[m], made[m].point()) for m in members)
+
+
+def of_layer(options: Mapping[str, Any], layer: int | None) -> dict[str, Any]:
+    """The options of all layers, and over them those of this one. InputError for layers that cannot be read."""
+    found = {key: value for key, value in options.items() if "@" not in key}
+    for key, value in options.items():
+        option, at, layers = key.partition("@")
+        if at and layer in listed_layers(key, layers):
+            found[option] = value
+    return found
+
+
+def check_options(name: str, options: Mapping[str, Any] | None, start: str = CALIBRATED) -> None:
+    """Say what is wrong with a method or its options, those of single layers too, before any model is looked at."""
+    mentioned = {layer for key in options or {} if "@" in key for layer in listed_layers(key, key.partition("@")[2])}
+    for layer in (None, *sorted(mentioned)):
+        layout(name, options, start, layer)
+
+
+def listed_layers(key: str, layers: str) -> list[int]:
+    try:
+        return listed(layers)
+    except ValueError:
+        raise InputError(f"cannot read the layers of '{key}'", "--set", "as in: --set slots@7-8,20=600") from None
+
+
+def listed(layers: str) -> list[int]:
+    """`0-2,9` as [0, 1, 2, 9]; ValueError for anything else."""
+    found: set[int] = set()
+    for part in layers.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)
 
 
 def expand(name: str) -> tuple[str, ...]:
