@@ -19,7 +19,7 @@ from linearize.distillation import lora, sharding
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.losses import check_losses
-from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
+from linearize.distillation.stages import AttentionTransfer, LogitDistillation, learnt_parameters, lora_parameters, mixer_parameters
 from linearize.distillation.state import latest_state
 from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
 from linearize.distillation.streaming_model import Skeleton
@@ -269,12 +269,12 @@ def train_stage(
     fitted = any(one["kind"] == ATTENTION for one in [*model.config.linearize["stages"], *done])
     note = "" if stage.kind == ATTENTION or fitted or not mixer_parameters(model) else UNFITTED
     if stage.kind == ATTENTION:
-        trained = {"mixers": mixer_parameters(model)}
+        trained = {"mixers": learnt_parameters(model)}
     else:
         model = model if hasattr(model, "merge_and_unload") else lora.add_adapter(model, stage, seed)
         trained = {"lora": lora_parameters(model)}
         if stage.mixer_lr:
-            trained["mixers"] = mixer_parameters(model)
+            trained["mixers"] = learnt_parameters(model)
     rates = {"mixers": stage.mixer_lr or stage.lr, "lora": stage.lr}
     trained = {group: params for group, params in trained.items() if params}
     run_facts = {key: x for key, x in facts.items() if key != "stages"}

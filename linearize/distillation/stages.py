@@ -33,6 +33,11 @@ def mixer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".linearize." in name}
 
 
+def learnt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of the new parameters that have a gradient: a choice of tokens has none."""
+    return {name: p for name, p in mixer_parameters(model).items() if not name.split(".linearize.")[1].startswith("slot_score.")}
+
+
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
@@ -95,6 +100,8 @@ class AttentionTransfer:
 
     def _observe(self, attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         mixer: Mixer = attention.linearize
+        if not any(p.requires_grad for p in mixer.parameters()):
+            return
         weight = token_weight(self.stage, [mixer.spec], self.positions)
         # what a layer draws does not depend on which layers run before it
         own = drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index)
