@@ -20,6 +20,9 @@ from .storage import kept, opened
 from .window import Keys, Part, Scores, attend
 
 
+ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
+
+
 @dataclass(frozen=True)
 class Queries:
     """New tokens' queries: near (B, G, R, T, D), features (B, M, R', T, K) or None, routes (B, M, T, E) or None."""
@@ -75,14 +78,15 @@ class Leaving(Far):
     def _leave_through_slots(
         self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
     ) -> tuple[Part, Tensor | None]:
-        """One window's length of arrivals after another, since a score may read the memory as it was at that boundary."""
+        """Some windows' length of arrivals after another; one, where a score reads the memory as it was at that boundary."""
         spec, dtype = self.spec, queries.near.dtype
         near = frame.queries(queries.near)
         features = None if queries.far is None else frame.queries(queries.far)
         route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
         slots, parts, reads, scores = held(state, dtype), [], [], []
-        for start in range(0, len(frame), spec.window):
-            block = slice(start, start + spec.window)
+        length = spec.window * (1 if spec.scores_recall else max(1, ARRIVALS // spec.window))
+        for start in range(0, len(frame), length):
+            block = slice(start, start + length)
             own = {name: x[:, :, block] for name, x in tokens.items()}
             valid, position = frame.valid[:, block], frame.position[:, block]
             if far is not None and spec.scores_recall:

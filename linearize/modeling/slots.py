@@ -54,11 +54,13 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     everything["score"] = score
     there = score > EMPTY
     age = torch.arange(size + new, device=device)
-    better = (score[..., :, None] > score[..., None, :]) | (
-        (score[..., :, None] == score[..., None, :]) & (age[:, None] < age)
-    )  # (B, G, i, j): i keeps its place against j
-    better = better & there[..., :, None]
-    ahead = better[..., :size, :].sum(2, keepdim=True) + better[..., size:, :].cumsum(2)  # (B, G, n, m + n)
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).to(torch.int32)  # of equal scores the older first
+    rank = rank.masked_fill(~there, size + new)
+    better = rank[..., :, None] < rank[..., None, :]  # (B, G, i, j): i keeps its place against j
+    counted = torch.int32
+    ahead = better[..., :size, :].sum(2, keepdim=True, dtype=counted) + better[..., size:, :].cumsum(
+        2, dtype=counted
+    )  # (B, G, n, m + n)
     arrived = age <= torch.arange(size, size + new, device=device)[:, None]
     member = there[..., None, :] & arrived & (ahead < size)
     before = torch.cat([there[..., None, :size].expand(-1, -1, 1, -1), member[..., :-1, :size]], dim=2)
