@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from linearize.distillation.collectives import from_left
 from linearize.distillation.sequence_memory import Summary, applied, gathering, incoming, summed
-from linearize.modeling.memory import State, empty_state, fill_sinks
+from linearize.modeling.memory import FIELDS, State, empty_state, fill_sinks
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
@@ -155,7 +155,8 @@ def carried(mixer: Mixer, inputs: Inputs, own: Inputs, place: _Place) -> State:
             x = x[place.last]
             empty = x.new_zeros(batch, x.shape[1], size, x.shape[3])
             mine.append(fill_sinks(empty, x, start, start + length))
-        state["sink_k"], state["sink_v"] = summed(mine, place.through, place.group)
+        sinks = summed(mine, place.through, place.group)
+        state |= {n: torch.cat([state[n][:, :, : -spec.sinks], x.to(state[n].dtype)], 2) for n, x in zip("kv", sinks, strict=True)}
     return state
 
 
@@ -175,7 +176,7 @@ def _halo(mixer: Mixer, inputs: Inputs, place: _Place) -> State:
     state["count"] = place.before - real
     after = Mixer.forward(mixer, tokens, state, keep=True)[1]
     assert after is not None
-    return {name: x for name, x in after.items() if name.startswith(("recent_", "conv_"))}
+    return {name: x for name, x in after.items() if name in FIELDS or name.startswith("conv_")}
 
 
 def _tail(x: Tensor, dim: int, width: int) -> Tensor:

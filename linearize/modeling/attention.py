@@ -21,6 +21,7 @@ except ImportError as error:
 
 from .memory import RecurrentLayer
 from .mixer import Inputs, Mixer
+from .places import Places
 from .rows import make_rows
 from .window import Scores
 
@@ -31,10 +32,14 @@ Observer = Callable[["LinearizedAttention", Inputs, Tensor], None]
 
 @dataclass(frozen=True)
 class Call:
-    """What one model call tells all its layers: mask (B, T) of real tokens, segments (B, T) of packed documents."""
+    """What one model call tells all its layers: mask (B, T) of real tokens, segments (B, T) of packed documents.
+
+    A single token's places are computed by the first layer with such a window, for all.
+    """
 
     mask: Tensor | None = None
     segments: Tensor | None = None
+    places: Places | None = None
 
 
 class LinearizedAttention(nn.Module):
@@ -72,7 +77,7 @@ class LinearizedAttention(nn.Module):
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
         raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
-        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k)
+        inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k, call.places)
         if self.linearize_mode == "observe":
             target = softmax_attention(inputs, self.linearize.spec.causal)
             if self.linearize_observer is not None:
@@ -191,12 +196,11 @@ def _rows_attention(q: Tensor, k: Tensor, v: Tensor, start: int, score: Scores) 
 
 def cache_layer(cache: Any, index: int) -> Any:
     """This layer's place in a transformers cache; a stock layer that stands there unused is replaced by ours."""
-    upgrade_cache(cache, [index])
-    return cache.layers[index]
+    return upgrade_cache(cache, [index])[0]
 
 
-def upgrade_cache(cache: Any, indices: list[int]) -> None:
-    """Put constant-size layers into a transformers cache at the converted indices. ValueError if a stock one holds tokens."""
+def upgrade_cache(cache: Any, indices: list[int]) -> list[Any]:
+    """Constant-size layers of a transformers cache at the converted indices, put there. ValueError if a stock one holds tokens."""
     blank = getattr(cache, "layer_class_to_replicate", None)
     while len(cache.layers) <= max(indices):
         cache.layers.append(blank() if blank is not None else RecurrentLayer())
@@ -207,6 +211,7 @@ def upgrade_cache(cache: Any, indices: list[int]) -> None:
         if layer.get_seq_length() > 0:
             raise ValueError(f"cache layer {index} holds softmax keys and values: start a new cache for this model")
         cache.layers[index] = RecurrentLayer()
+    return [cache.layers[index] for index in indices]
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

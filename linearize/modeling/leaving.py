@@ -12,13 +12,13 @@ except ImportError as error:
 
 from .far import Far
 from .frames import Frame
-from .memory import State, stored
+from .memory import FIELDS, State, parts, slotted, stored
+from .places import Place
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
 from .storage import kept, opened
 from .window import Keys, Part, Scores, attend
-
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
 
@@ -141,38 +141,28 @@ class Leaving(Far):
 
     # ---- one token ----
 
-    def leave_step(self, queries: Queries, state: State, after: State) -> tuple[Part | None, Tensor | None]:
-        """The same for one new token."""
-        spec, count, dtype = self.spec, state["count"], queries.near.dtype
+    def leave_step(self, queries: Queries, state: State, after: State, place: Place) -> Tensor | None:
+        """The same for one new token, on whole buffers; returns the far read."""
+        spec, dtype, valid = self.spec, queries.near.dtype, place.valid
         far = state["far"].to(dtype) if self.takes_leavers else None
-        offsets = torch.arange(spec.block, device=count.device)
-        position = (count - spec.recent)[:, None] + offsets
-        due = count % spec.block == 0
-        valid = due[:, None] & (position >= spec.sinks)
-        part = None
         if spec.scores_recall and far is not None:
-            after["recent_scores"] = self._score_recent(state, far, dtype)
+            after["scores"] = self._score_recent(state, far, dtype)
         tokens: Tokens = {}
-        if spec.block == 1 or bool(due.any()):
-            index = (count[:, None] + offsets) % spec.recent
-            recent = {name: x for name, x in after.items() if name.startswith("recent_")}
-            tokens = {name.removeprefix("recent_"): opened(gather(x, index), dtype) for name, x in recent.items()}
+        if spec.block == 1 or bool(valid.any()):
+            tokens = {name: opened(place.take(after[name]), dtype) for name in FIELDS if name in after}
             if spec.slots:
-                admission = self._admit(held(state, dtype), tokens, valid)
-                after.update(self._kept_slots(admission.slots, state))
+                admission = self._admit(held(parts(spec, state), dtype), tokens, valid)
+                after["slot_score"] = admission.slots["score"].to(state["slot_score"].dtype)
+                after.update({name: slotted(spec, after[name], x) for name, x in admission.slots.items() if name in FIELDS})
                 tokens, valid = admission.losers(), admission.out
-        if spec.slots:
-            k, v, there = opened(after["slot_k"], dtype), opened(after["slot_v"], dtype), after["slot_score"] > -torch.inf
-            part, _ = attend(
-                queries.near.unsqueeze(3), [Keys(k[:, :, None], v[:, :, None], there[:, :, None, None])], queries.score
-            )
         if far is None or queries.far is None:
-            return part, None
+            return None
+        position = place.old
         if spec.block > 1:
             far, tokens, valid, position = self._enter_block(tokens, valid, position, far, state, queries)
         read, far = self._enter(tokens, valid, position, queries.far, far, queries.route, one=True)
         after["far"] = stored(far, state["far"].dtype, after["count"])
-        return part, read
+        return read
 
     def _enter_block(
         self, tokens: Tokens, valid: Tensor, position: Tensor, far: Tensor, state: State, queries: Queries
@@ -183,22 +173,18 @@ class Leaving(Far):
             q = queries.far.expand(-1, -1, -1, self.spec.block, -1)
             route = None if queries.route is None else queries.route.expand(-1, -1, self.spec.block, -1)
             far = self._enter(tokens, valid, position, q, far, route)[1]
-        first = {
-            name.removeprefix("recent_"): opened(x[:, :, :1], far.dtype) for name, x in state.items() if name.startswith("recent_")
-        }
+        first = {name: opened(state[name][:, :, :1], far.dtype) for name in FIELDS if name in state}
         return far, first, torch.zeros_like(valid[:, :1]), position[:, :1]
 
     def _score_recent(self, state: State, far: Tensor, dtype: torch.dtype) -> Tensor:
         """The ring's scores, with the recall error of the tokens that leave next where a window's length begins."""
-        spec, count, scores = self.spec, state["count"], state["recent_scores"]
+        spec, count, scores = self.spec, state["count"], state["scores"]
         begins = count % spec.window == 0
         if not bool(begins.any()):
             return scores
         offsets = torch.arange(spec.window, device=count.device)
         index = (count[:, None] + offsets) % spec.recent
-        tokens = {
-            name.removeprefix("recent_"): opened(gather(x, index), dtype) for name, x in state.items() if name.startswith("recent_")
-        }
+        tokens = {name: opened(gather(state[name], index), dtype) for name in FIELDS if name in state}
         found = self._recalled(tokens, (count - spec.recent)[:, None] + offsets, begins, far)
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
 
@@ -210,6 +196,7 @@ def held(state: State, dtype: torch.dtype) -> Tokens:
 
 
 def gather(ring: Tensor, index: Tensor) -> Tensor:
+    """Tokens of a buffer (B, h, L, D) at places `index` (B, n) of its ring."""
     return ring.gather(2, index[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
 
 

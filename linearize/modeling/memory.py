@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 try:
@@ -17,13 +17,16 @@ from .storage import kept
 from .window import ring_positions
 
 State = dict[str, Tensor]
+FIELDS = ("k", "v", "far_k", "far_v", "gate", "beta", "route", "scores")  # of a token that stays exact
+PLACES = ("recent", "slot", "sink")
 
 
 def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> State:
     """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row.
 
-    recent_x is a ring of what recent tokens carry, slot_x of what tokens in slots do, in order of their age. What the mixer
-    computes of them is kept in at least fp32, as it is computed: rounded, one call and many would see other numbers.
+    Each field of a token that stays exact has one buffer (batch, heads, places, width): a ring of recent tokens, then slots in
+    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. What the mixer computes of tokens is kept in at
+    least fp32, as it is computed: rounded, one call and many would see other numbers.
     """
     kv, memories = shape.kv_heads, spec.memories(shape)
     wide = torch.promote_types(dtype, torch.float32)
@@ -34,17 +37,16 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
             state[name] = torch.full((batch, *size), value, dtype=dtype, device=device)
 
     if spec.has_near:
-        exact, extra = (torch.int8, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
-        held = [("k", kv, shape.head_dim + extra, exact), ("v", kv, shape.value_dim + extra, exact)]
-        for name, _, width, own in held if spec.sinks else ():
-            add(f"sink_{name}", kv, spec.sinks, width, dtype=own)
+        own, extra = (torch.int8, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
+        exact = spec.recent + spec.slots
+        add("k", kv, exact + spec.sinks, shape.head_dim + extra, dtype=own)
+        add("v", kv, exact + spec.sinks, shape.value_dim + extra, dtype=own)
         if spec.coverage == "older":
-            held += [(name, kv, width, wide) for name, width in spec.kept_far(shape).items()]
-            held += [(name, memories, width, wide) for name, width in spec.arrivals(shape).items()]
-        for place, size in (("recent", spec.recent), ("slot", spec.slots)):
-            for name, heads, width, own in held:
-                add(f"{place}_{name}", heads, size, width, dtype=own)
-        add("recent_scores", kv, spec.recent, spec.scores, dtype=wide)
+            for name, width in spec.kept_far(shape).items():
+                add(name, kv, exact, width, dtype=wide)
+            for name, width in spec.arrivals(shape).items():
+                add(name, memories, exact, width, dtype=wide)
+        add("scores", kv, spec.recent, spec.scores, dtype=wide)
         add("slot_score", kv, spec.slots, dtype=wide, value=-torch.inf)
     if spec.has_far:
         own = torch.bfloat16 if spec.state_dtype == "bfloat16" else wide
@@ -55,6 +57,37 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
         if spec.conv_v:
             add("conv_v", kv, spec.conv - 1, shape.value_dim, dtype=wide)
     return state
+
+
+def parts(spec: MixerSpec, state: State) -> State:
+    """The state with each buffer taken apart, as views: recent_x, slot_x, sink_x."""
+    found: State = {}
+    for name, x in state.items():
+        if name not in FIELDS:
+            found[name] = x
+            continue
+        found[f"recent_{name}"] = x[:, :, : spec.recent]
+        if spec.slots and name != "scores":
+            found[f"slot_{name}"] = x[:, :, spec.recent : spec.recent + spec.slots]
+        if spec.sinks and name in ("k", "v"):
+            found[f"sink_{name}"] = x[:, :, spec.recent + spec.slots :]
+    return found
+
+
+def whole(found: State) -> State:
+    """The state whose `parts` these are, none of them kept alive by a view."""
+    taken = {f"{place}_{name}" for place in PLACES for name in FIELDS}
+    state = {name: x for name, x in found.items() if name not in taken}
+    for name in FIELDS:
+        pieces = [found[f"{place}_{name}"] for place in PLACES if f"{place}_{name}" in found]
+        if pieces:
+            state[name] = torch.cat(pieces, dim=2)
+    return state
+
+
+def slotted(spec: MixerSpec, buffer: Tensor, slots: Tensor) -> Tensor:
+    """A buffer (B, h, L, D) with other slots (B, h, m, D)."""
+    return torch.slice_scatter(buffer, kept(slots, buffer.dtype), 2, spec.recent, spec.recent + spec.slots)
 
 
 def chronological(ring: Tensor, count: Tensor) -> Tensor:
@@ -84,11 +117,6 @@ def stored(far: Tensor, dtype: torch.dtype, count: Tensor) -> Tensor:
     bits = far.detach().float().contiguous().view(torch.int32)
     rounded = ((bits + dither.to(torch.int32)) & -0x10000).view(torch.float32)
     return (rounded + (far - far.detach())).to(dtype)  # the gradient passes straight through
-
-
-def put(ring: Tensor, new: Tensor, slot: Tensor) -> Tensor:
-    """The ring with one new token (B, h, 1, D) at `slot` (B,)."""
-    return ring.scatter(2, slot[:, None, None, None].expand(-1, ring.shape[1], 1, ring.shape[3]), kept(new, ring.dtype))
 
 
 def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -178,3 +206,15 @@ class RecurrentLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """States are moved to the layer's device where they are read."""
+
+
+def share_counts(layers: Iterable[RecurrentLayer]) -> None:
+    """One tensor for the count of all layers of a cache, which see the same tokens: what follows from it is computed once."""
+    shared: Tensor | None = None
+    for layer in layers:
+        if layer.state is None:
+            continue
+        count = layer.state["count"]
+        shared = count if shared is None else shared
+        if count is not shared and count.device == shared.device:
+            layer.state = {**layer.state, "count": shared}

@@ -13,15 +13,17 @@ except ImportError as error:
 
 from .far_mass import FarMass
 from .far_output import FarOutput
+from .gates import Projection
 from .leaving import Leaving, Queries
-from .memory import State, chronological, empty_state, fill_sinks, put, refill, stored
+from .memory import State, chronological, empty_state, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
+from .places import Place, Places
 from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
 from .storage import opened, rounded
-from .window import Part, Scores, entered, near_chunked, near_step
+from .window import Part, Scores, entered, near_chunked, near_step, received_step
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Inputs:
 
     `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE, in style `rope`.
     Raw q and k, of their shapes, come from before the layer's own q and k norms; None where it has none, or nobody asks.
+    `places` are what layers of one call share of a single token's position.
     """
 
     q: Tensor
@@ -44,6 +47,7 @@ class Inputs:
     rope: str = "half"
     raw_q: Tensor | None = None
     raw_k: Tensor | None = None
+    places: Places | None = None
 
     def first(self, tokens: int) -> Inputs:
         """The same call cut to its first tokens."""
@@ -105,6 +109,7 @@ class Mixer(Leaving):
             self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
             self.merge = Merge(spec, shape)
             self.output = FarOutput(spec, shape)
+        self.reads_hidden = any(isinstance(module, Projection) for module in self.modules())
 
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
         if not self.spec.causal and (state is not None or keep):
@@ -118,11 +123,12 @@ class Mixer(Leaving):
                 raise ValueError("packed documents cannot continue a cache: give each its own row")
             if state is not None and state["count"].device != inputs.q.device:
                 state = {name: x.to(inputs.q.device) for name, x in state.items()}
-            stream = self._stream(inputs, rows, state)
-            single = state is not None and stream.lengths is None and inputs.q.shape[2] == 1
-            after: State | None
-            if state is not None and single:
-                halves, after = self._step(stream, state, inputs.score)
+            place, after = None, None
+            if state is not None and rows is None and inputs.q.shape[2] == 1:
+                place = (inputs.places or Places()).of(self.spec, state["count"])
+            stream = self._stream(inputs, rows, state, place)
+            if state is not None and place is not None:
+                halves, after = self._step(stream, state, inputs.score, place)
             else:
                 halves, after = self._chunked(stream, state, inputs.score, keep and inputs.segments is None, inputs.k.dtype)
             out = self.combine(halves)
@@ -135,16 +141,19 @@ class Mixer(Leaving):
         """Queries or keys without RoPE, and without the layer's own norm where the far half takes them so."""
         return unrotate(x, inputs.cos, inputs.sin, inputs.rope) if self.spec.far_norm or raw is None else raw.to(x.dtype)
 
-    def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None) -> Stream:
+    def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None, place: Place | None = None) -> Stream:
         spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
         q, k, v = (take(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
         if spec.kv_dtype == "int8":
             k, v = rounded(k), rounded(v)
         lengths = None if rows is None else rows.lengths
-        count = torch.zeros(1, dtype=torch.long, device=q.device) if state is None else state["count"]
-        position = count[:, None] + torch.arange(q.shape[2], device=q.device)
-        hidden = None if inputs.hidden is None else take(inputs.hidden.to(dtype)[:, None])[:, 0]
+        if place is not None:
+            position = place.position
+        else:
+            count = torch.zeros(1, dtype=torch.long, device=q.device) if state is None else state["count"]
+            position = count[:, None] + torch.arange(q.shape[2], device=q.device)
+        hidden = None if inputs.hidden is None or not self.reads_hidden else take(inputs.hidden.to(dtype)[:, None])[:, 0]
         if not spec.has_far:
             return Stream(q, k, v, q, k, v, {}, hidden, position, lengths, {})
         far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
@@ -181,24 +190,28 @@ class Mixer(Leaving):
 
     # ---- one token ----
 
-    def _step(self, s: Stream, state: State, score: Scores) -> tuple[Halves, State]:
-        spec, count, queries = self.spec, state["count"], self._queries(s, score)
-        after = {**state, "count": count + 1, **{name: x.to(state[name].dtype) for name, x in s.conv.items()}}
+    def _step(self, s: Stream, state: State, score: Scores, place: Place) -> tuple[Halves, State]:
+        spec, queries = self.spec, self._queries(s, score)
+        after = {**state, "count": place.after, **{name: x.to(state[name].dtype) for name, x in s.conv.items()}}
         near, read = None, None
         if spec.has_near:
-            exact, read = self.leave_step(queries, state, after)
+            if self.takes_leavers or spec.slots:
+                read = self.leave_step(queries, state, after, place)
             for name, x in self._held(s).items():
-                after[f"recent_{name}"] = put(after[f"recent_{name}"], x, count % spec.recent)
-            ring = (opened(after["recent_k"], s.q.dtype), opened(after["recent_v"], s.q.dtype))
-            near, got = near_step(queries.near, *ring, *self._sinks(s, state, after), count + 1, spec, score)
-            near = self._joined(near, exact)
+                after[name] = place.put(after[name], x)
+            hidden = place.hidden
+            if spec.slots:
+                empty = after["slot_score"] == (after["slot_score"] if self.ablate == "slots" else -torch.inf)
+                hidden = hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
+            exact = (opened(after["k"], s.q.dtype), opened(after["v"], s.q.dtype))
+            near, weights = near_step(queries.near, *exact, hidden, score)
             if spec.scores_attention:
-                after["recent_scores"] = with_attention(after["recent_scores"], got)
+                after["scores"] = with_attention(after["scores"], received_step(weights, place.distance, spec))
         if spec.has_far and spec.coverage == "all":
             entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, None)
             assert queries.far is not None
             read, far = self.read(queries.far, entries, state["far"].to(s.q.dtype), queries.route, one=True)
-            after["far"] = stored(far, state["far"].dtype, count + 1)
+            after["far"] = stored(far, state["far"].dtype, place.after)
         return self._halves(near, read, s, score), after
 
     # ---- many tokens ----
@@ -208,6 +221,7 @@ class Mixer(Leaving):
     ) -> tuple[Halves, State | None]:
         spec, (batch, _, time, _) = self.spec, s.q.shape
         before = state if state is not None else empty_state(spec, self.shape, batch, dtype, s.q.device)
+        before = parts(spec, before)
         count, queries = before["count"], self._queries(s, score)
         after: State = {**before, "count": count + (time if s.lengths is None else s.lengths)}
         near, read = None, None
@@ -216,7 +230,7 @@ class Mixer(Leaving):
             for name, x in self._held(s).items():
                 past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
                 joined[name] = torch.cat(
-                    [past if state is None else opened(chronological(state[f"recent_{name}"], count), x.dtype), x], dim=2
+                    [past if state is None else opened(chronological(before[f"recent_{name}"], count), x.dtype), x], dim=2
                 )
             near = self._near(queries.near, s, before, joined, after, score, state is None)
             if self.takes_leavers or spec.slots:
@@ -235,7 +249,7 @@ class Mixer(Leaving):
             held = f"recent_{name}"
             after[held] = refill(x, spec.recent, count, after["count"], before[held].dtype)
         after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
-        return halves, after
+        return halves, whole(after)
 
     def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
         spec, sinks = self.spec, self._sinks(s, before, after)
@@ -323,5 +337,4 @@ def with_attention(scores: Tensor, got: Tensor) -> Tensor:
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, 0 where the memory is empty."""
-    filled = denominator > 0
-    return numerator / torch.where(filled, denominator, 1.0)[..., None] * filled[..., None].to(numerator.dtype)
+    return numerator / torch.where(denominator > 0, denominator, torch.inf)[..., None]

@@ -26,7 +26,10 @@ except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
 from .attention import IMPLEMENTATION, Call, LinearizedAttention, Observer, set_mode, swap, upgrade_cache
+from .matvec import products
+from .memory import share_counts
 from .mixer import Mixer
+from .places import Places
 from .rows import segment_ids
 from .spec import MixerSpec, is_causal, plan_spec
 
@@ -136,33 +139,38 @@ class LinearizedDecoderMixin(LinearizedModelMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        if self.linearize_mode == "teacher":
-            return super().forward(  # type: ignore[misc]
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-            )  # fmt: skip
         tokens = given(input_ids, inputs_embeds)
-        time, segments = tokens.shape[1], None
-        self._check_length(time, past_key_values)
-        if attention_mask is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            cu_seq_lens = kwargs.get("cu_seq_lens_q")
+        call = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+        }  # fmt: skip
+        if self.linearize_mode != "teacher":
+            call |= self._own(tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs.get("cu_seq_lens_q"))
+        with products(self.get_input_embeddings().weight, tokens):  # type: ignore[attr-defined]
+            return super().forward(**call, **kwargs)  # type: ignore[misc]
+
+    def _own(
+        self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any, use_cache: bool | None,
+        cu_seq_lens: Tensor | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """What a student's call is given otherwise than the original's: a cache of constant size, positions of real tokens."""
+        time, segments, mask = tokens.shape[1], None, None
+        self._check_length(time, cache)
+        if attention_mask is None and (cache is None or cache.get_seq_length() == 0):
             segments = segment_ids(time, cu_seq_lens, position_ids, tokens.device)
         if segments is not None or self.linearize_mode == "observe" or (use_cache is None and self.training):  # type: ignore[attr-defined]
-            use_cache, past_key_values = False, None
-        elif past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):  # type: ignore[attr-defined]
-            past_key_values = DynamicCache(config=self.config)  # type: ignore[attr-defined]
-        mask = None
+            use_cache, cache = False, None
+        elif cache is None and (self.config.use_cache if use_cache is None else use_cache):  # type: ignore[attr-defined]
+            cache = DynamicCache(config=self.config)  # type: ignore[attr-defined]
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask[:, -time:]
             if position_ids is None:
-                position_ids = positions(attention_mask, time, past_key_values)
-        if past_key_values is not None:
-            upgrade_cache(past_key_values, converted(self))
-        call = self._told(Call(mask, segments))
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, linearize_call=call, **kwargs,
-        )  # fmt: skip
+                position_ids = positions(attention_mask, time, cache)
+        if cache is not None:
+            layers = upgrade_cache(cache, converted(self))
+            share_counts(layers)
+        call = self._told(Call(mask, segments, Places()))
+        return {"position_ids": position_ids, "past_key_values": cache, "use_cache": use_cache, "linearize_call": call}
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Without what a family adds: phi3 drops its cache where its RoPE switches tables, and a state cannot be made again."""

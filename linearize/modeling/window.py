@@ -160,18 +160,20 @@ def ring_positions(count: Tensor, capacity: int) -> Tensor:
     return count[:, None] - 1 - (count[:, None] - 1 - slots) % capacity
 
 
-def near_step(
-    q: Tensor, ring_k: Tensor, ring_v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, spec: MixerSpec, score: Scores
-) -> tuple[Part, Tensor]:
-    """One query q (B, G, R, 1, D) over the ring (B, G, R, .) and sinks, both holding the query's own token; `count` includes it.
+def near_step(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, score: Scores) -> tuple[Part, Tensor]:
+    """One query q (B, G, R, 1, D) over all exact places k (B, G, L, D), v (B, G, L, V) but those `hidden` (B, 1 or G, 1, L).
 
-    Returns the part, and the attention (B, G, R) that each place of the ring got.
+    Returns the part, and the weights e^(s - top) (B, G, R, L). The query must see a key.
     """
-    query = count[:, None, None, None, None] - 1
-    key = ring_positions(count, spec.recent)[:, None, None, None]
-    groups = [Keys(ring_k[:, :, None], ring_v[:, :, None], visible(spec, query, key))]
-    if spec.sinks:
-        sink = torch.arange(spec.sinks, device=q.device)
-        groups.insert(0, Keys(sink_k[:, :, None], sink_v[:, :, None], sink <= query))
-    part, weights = attend(q.unsqueeze(3), groups, score)
-    return part, received(weights, torch.ones_like(query, dtype=torch.bool), query - key, spec.window)[:, :, 0]
+    scores = score(q[..., 0, :], k).masked_fill(hidden, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top).exp()
+    return Part((weights @ v)[..., None, :], weights.sum(-1, keepdim=True), top), weights
+
+
+def received_step(weights: Tensor, distance: Tensor, spec: MixerSpec) -> Tensor:
+    """The same as `received` for one query: weights (B, G, R, L), distance (B, 1, 1, n) to the n keys of the ring: (B, G, n)."""
+    ring, _, sinks = weights.detach().split([spec.recent, spec.slots, spec.sinks], dim=-1)  # slots are a softmax of their own here
+    shares = ring / (ring.sum(-1, keepdim=True) + sinks.sum(-1, keepdim=True))
+    got: Tensor = (shares * (distance > spec.window // 8)).amax(2)
+    return got
