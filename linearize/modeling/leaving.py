@@ -124,7 +124,7 @@ class Leaving(Far):
             member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
         tokens = admission.candidates
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
-        return attend(q.unsqueeze(3), [group], score)[0]
+        return attend(q.unsqueeze(3), group, score)[0]
 
     # ---- one token ----
 
@@ -150,9 +150,7 @@ class Leaving(Far):
                 tokens, valid = admission.losers(), admission.out
         if spec.slots:
             k, v, there = after["slot_k"].to(dtype), after["slot_v"].to(dtype), after["slot_score"] > -torch.inf
-            part, _ = attend(
-                queries.near.unsqueeze(3), [Keys(k[:, :, None], v[:, :, None], there[:, :, None, None])], queries.score
-            )
+            part, _ = attend(queries.near.unsqueeze(3), Keys(k[:, :, None], v[:, :, None], there[:, :, None, None]), queries.score)
         if far is None or queries.far is None:
             return part, None
         if spec.block > 1:

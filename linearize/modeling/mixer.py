@@ -319,4 +319,4 @@ def with_attention(scores: Tensor, got: Tensor) -> Tensor:
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, 0 where the memory is empty."""
     filled = denominator > 0
-    return numerator / torch.where(filled, denominator, 1.0)[..., None] * filled[..., None].to(numerator.dtype)
+    return numerator * torch.where(filled, denominator, torch.inf).reciprocal()[..., None]
