@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.distillation.weights_loss import cross_entropy
 from linearize.methods.calibration import Calibration
 from linearize.modeling.mixer import Halves, Inputs, Mixer
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
-
-ROW_BLOCK = 256
 
 
 @dataclass
@@ -78,7 +77,7 @@ def mse(call: LayerCall) -> Tensor:
 def weights(call: LayerCall) -> Tensor:
     """Cross-entropy of the teacher's attention weights (Hedgehog, section 4.2), for a mixer whose output is a mean of values.
 
-    -sum_i A_ti log A'_ti in blocks of queries, with A' = phi(q) phi(k) / sum phi(q) phi(k). A mixer with a near half,
+    -sum_i A_ti log A'_ti, with A' = phi(q) phi(k) / sum phi(q) phi(k). A mixer with a near half,
     gates or padding has weights of another form, and so has a teacher that slides or has learned sinks: the relative output
     error is taken there.
     """
@@ -86,24 +85,9 @@ def weights(call: LayerCall) -> Tensor:
     plain = inputs.mask is None and inputs.score.sliding is None and inputs.score.null is None
     if mixer.spec.has_near or mixer.spec.decay != "none" or not plain:
         return relative_mse(call)
-    phi_q, phi_k = mixer.features(inputs)  # (B, M, R, T, K), (B, M, T, K)
-    time, repeats = phi_k.shape[2], phi_q.shape[1] * phi_q.shape[2] // inputs.k.shape[1]
-    q, k = wide(inputs.q), wide(inputs.k).repeat_interleave(repeats, dim=1)
-    keys = torch.arange(time, device=q.device)
-    total = q.new_zeros(())
-    for start in range(0, time, ROW_BLOCK):
-        block = slice(start, min(start + ROW_BLOCK, time))
-        seen = block.stop if mixer.spec.causal else time
-        later = (keys[:seen] > keys[block, None]) & mixer.spec.causal
-        if inputs.segments is not None:  # packed documents do not see each other
-            other = inputs.segments[:, None, block, None] != inputs.segments[:, None, None, :seen]
-            later = later | other
-        teacher = inputs.score(q[:, :, block], k[:, :, :seen]).masked_fill(later, -torch.inf).softmax(-1)
-        student = phi_q[..., block, :] @ phi_k[:, :, None, :seen].transpose(-1, -2)
-        student = student.flatten(1, 2).masked_fill(later, 0)
-        log_ratio = student.clamp(min=1e-12).log() - student.sum(-1, keepdim=True).clamp(min=1e-12).log()
-        total = total - (teacher * log_ratio.masked_fill(later, 0)).sum()
-    return total / (q.shape[0] * q.shape[1] * time)
+    phi_q, phi_k = mixer.features(inputs)
+    q, k = inputs.q.to(phi_q.dtype), inputs.k.to(phi_k.dtype)
+    return cross_entropy(phi_q, phi_k, q, k, inputs.score, inputs.segments, mixer.spec.causal) / q[..., 0].numel()
 
 
 def weighs_mass(spec: MixerSpec) -> bool:

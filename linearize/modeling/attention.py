@@ -22,11 +22,12 @@ except ImportError as error:
 from .memory import RecurrentLayer
 from .mixer import Inputs, Mixer
 from .places import Places
+from .products import LN2, LOG2E, by_onednn, exp, product
 from .rows import make_rows
 from .window import Scores
 
 IMPLEMENTATION = "linearize"
-ROW_BLOCK = 256
+ROW_BLOCK = 128
 Observer = Callable[["LinearizedAttention", Inputs, Tensor], None]
 
 
@@ -167,31 +168,53 @@ def softmax_attention(inputs: Inputs, causal: bool = True) -> Tensor:
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=score.scale)
         return (out if rows is None else rows.scatter(out)).transpose(1, 2)
     slides = score.sliding is not None and score.sliding < q.shape[2]
-    if score.softcap is None and score.null is None and not slides:
+    plain = score.softcap is None and score.null is None and not slides
+    if plain and not by_onednn(q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))):
         grouped = q.shape[1] != k.shape[1]
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=score.scale, enable_gqa=grouped)
     else:
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        starts = range(0, q.shape[2], ROW_BLOCK)
-        out = torch.cat([_rows_attention(q[:, :, start : start + ROW_BLOCK], k, v, start, score) for start in starts], dim=2)
+        out = _blockwise_attention(q, k, v, score)
     return (out if rows is None else rows.scatter(out)).transpose(1, 2)
 
 
-def _rows_attention(q: Tensor, k: Tensor, v: Tensor, start: int, score: Scores) -> Tensor:
-    """The queries from token `start` on (B, H, n, D) over the keys that they see."""
-    last = start + q.shape[2]
-    first = 0 if score.sliding is None else max(start + 1 - score.sliding, 0)
-    scores = score(q, k[:, :, first:last]).float()
-    distance = torch.arange(start, last, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
-    hidden = distance < 0
-    if score.sliding is not None:
-        hidden |= distance >= score.sliding
-    scores = scores.masked_fill(hidden, -torch.inf)
-    if score.null is not None:
-        null = score.null.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        return torch.cat([scores, null], -1).softmax(-1)[..., :-1].to(v.dtype) @ v[:, :, first:last]
-    return scores.softmax(-1).to(v.dtype) @ v[:, :, first:last]
+def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, score: Scores) -> Tensor:
+    """Causal attention (B, H, T, V) in blocks of queries; twice as fast as PyTorch's own where oneDNN makes its products."""
+    wide, time = torch.promote_types(q.dtype, torch.float32), q.shape[2]
+    k, v, outputs = k.to(wide), v.to(wide), []
+    for start in range(0, time, ROW_BLOCK):
+        stop = min(start + ROW_BLOCK, time)
+        first = 0 if score.sliding is None else max(start + 1 - score.sliding, 0)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        visible = distance >= 0
+        if score.sliding is not None:
+            visible &= distance < score.sliding
+        else:
+            visible = visible[:, start:]
+        weights, top = relative_weights(q[:, :, start:stop].to(wide), k[:, :, first:stop], score, visible.to(wide))
+        sums = weights.sum(-1, keepdim=True)
+        if score.null is not None:
+            sums = sums + exp(score.null.to(wide)[:, None, None] - top)
+        outputs.append((grouped_product(weights, v[:, :, first:stop]) / sums).to(q.dtype))
+    return torch.cat(outputs, dim=2)
+
+
+def relative_weights(q: Tensor, k: Tensor, score: Scores, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(s - top) (B, H, n, S) of queries (B, H, n, D) on keys (B, G, S, D), and the largest score `top` (B, H, n, 1) of each query.
+
+    `visible` (..., n, l) is 1 where a query sees one of the last l keys, else 0; earlier keys are seen by all.
+    """
+    folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    weights = score(folded, k, LOG2E).view(*q.shape[:3], k.shape[2])  # of base 2
+    bound = torch.where(visible > 0, 0.0, -torch.inf)
+    weights[..., weights.shape[-1] - visible.shape[-1] :].add_(bound)
+    top = weights.amax(-1, keepdim=True)
+    return weights.sub_(top).exp2_(), top * LN2
+
+
+def grouped_product(weights: Tensor, v: Tensor) -> Tensor:
+    """Weights (B, H, n, S) times values (B, G, S, V) of the heads' groups: (B, H, n, V)."""
+    out: Tensor = product(weights.unflatten(1, (v.shape[1], -1)).flatten(2, 3), v)
+    return out.view(*weights.shape[:3], v.shape[-1])
 
 
 def cache_layer(cache: Any, index: int) -> Any:

@@ -100,7 +100,7 @@ class Far(nn.Module):
         if self.map_q is not None:
             return self.by_memory(self.map_q(q, position))
         apart = [self.map_k(reader, position) for reader in self.by_memory(q).unbind(2)]
-        return torch.stack(apart, dim=2)
+        return torch.stack(apart, dim=2) if len(apart) > 1 else apart[0].unsqueeze(2)
 
     def read(
         self, q: Tensor, entries: Entries, state: Tensor, route: Tensor | None = None, terraced: int = 0, one: bool = False

@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .products import product
 from .spec import MixerSpec
 from .spec_maps import map_width
 
@@ -42,7 +43,7 @@ def identity_start(heads: int, dim: int, columns: int) -> nn.Parameter:
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """Wx of every head: (B, heads, T, dim) times (heads, dim, columns)."""
-    return x @ weight.to(x.dtype)
+    return product(x, weight.to(x.dtype))
 
 
 def norm(x: Tensor) -> Tensor:

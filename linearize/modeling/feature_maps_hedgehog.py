@@ -9,6 +9,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .feature_maps_basic import FeatureMap, identity_start, project
+from .products import exp
 from .spec import MixerSpec
 
 EXPONENT = 30.0  # e^30 is 1e13: the product of two features, summed over a long text, stays inside fp32
@@ -21,9 +22,12 @@ class Hedgehog(FeatureMap):
         super().__init__(heads, dim, spec, role)
         self.weight = identity_start(heads, dim, self.columns)
 
+    def signed(self, x: Tensor) -> Tensor:
+        """[y, -y] of x (B, heads, T, D): the weights are doubled, which are smaller than what they give."""
+        return project(x, torch.cat([self.weight, -self.weight], dim=-1))
+
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        y = project(x, self.weight)
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+        return self.signed(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
 
 
 class HedgehogJoint(Hedgehog):
@@ -33,8 +37,7 @@ class HedgehogJoint(Hedgehog):
     """
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        y = project(x, self.weight)
-        return torch.cat([y, -y], dim=-1).softmax(-1)
+        return self.signed(x).softmax(-1)
 
 
 class HedgehogExp(Hedgehog):
@@ -44,5 +47,4 @@ class HedgehogExp(Hedgehog):
     """
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        y = project(x, self.weight).clamp(-EXPONENT, EXPONENT)
-        return torch.cat([y.exp(), (-y).exp()], dim=-1)
+        return exp(self.signed(x).clamp(-EXPONENT, EXPONENT))

@@ -43,7 +43,8 @@ class Frame:
     def queries(self, q: Tensor) -> Tensor:
         """Queries (B, M, R, T, K) at their places (B, M, R, P, K); the rest is zero or repeated and read by nobody."""
         if not self.shifted:
-            return torch.nn.functional.pad(q, (0, 0, 0, len(self) - self.time))
+            missing = len(self) - self.time
+            return torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
         index = self.source.clamp(min=0, max=self.time - 1)[:, None, None, :, None]
         return q.gather(3, index.expand(-1, *q.shape[1:3], -1, q.shape[-1]))
 

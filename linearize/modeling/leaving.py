@@ -137,7 +137,7 @@ class Leaving(Far):
             member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
         tokens = admission.candidates
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
-        return attend(q.unsqueeze(3), [group], score)[0]
+        return attend(q.unsqueeze(3), group, score)[0]
 
     # ---- one token ----
 

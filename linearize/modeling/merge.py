@@ -9,6 +9,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .gates import Projection
+from .products import exp
 from .spec import MixerSpec, Shape
 from .window import Part
 
@@ -34,9 +35,9 @@ class Merge(nn.Module):
             assert mass is not None
             factor = torch.where(mass > 0, factor, -torch.inf)  # an empty memory moves no maximum
             top = torch.maximum(near.top, factor).detach()
-            near_factor, far_factor = (near.top - top).exp(), (factor - top).exp() * mass
-            numerator = near.numerator * near_factor[..., None] + far * far_factor[..., None]
-            return numerator / (near.denominator * near_factor + far_factor)[..., None]
+            near_factor, far_factor = exp(near.top - top), exp(factor - top) * mass
+            whole = near.denominator * near_factor + far_factor
+            return near.numerator * (near_factor / whole)[..., None] + far * (far_factor / whole)[..., None]
         if self.gate is not None:
             share = torch.sigmoid(self.gate.project(hidden))
             return share * near.output() + (1 - share) * far

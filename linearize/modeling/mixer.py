@@ -337,4 +337,4 @@ def with_attention(scores: Tensor, got: Tensor) -> Tensor:
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, 0 where the memory is empty."""
-    return numerator / torch.where(denominator > 0, denominator, torch.inf)[..., None]
+    return numerator * torch.where(denominator > 0, denominator, torch.inf).reciprocal()[..., None]

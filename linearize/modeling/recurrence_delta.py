@@ -20,7 +20,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .decays import channelwise, decayed_products, until_end
+from .decays import channelwise, decayed_products, until_end, up_to
+from .products import LOG2E
 
 CHUNK = 64  # updates
 
@@ -94,13 +95,13 @@ def chunked(
     q = _cut(q, tokens, time)  # (B, M, R, N, c, K)
     r, k, v = (_cut(x, tokens * deltas, time * deltas) for x in (r, k, v))  # (B, M, N, C, .)
     a = None if a is None else _cut(a, tokens * deltas, time * deltas)
-    g = None if g is None else _cut(channelwise(g), tokens * deltas, time * deltas)
+    g = None if g is None else _cut(channelwise(g) * LOG2E, tokens * deltas, time * deltas)  # decays are powers of 2 from here on
     readers = pad(r[..., 1:, :], (0, 0, 0, 1))[:, :, None]  # update i finds what a query just after update i - 1 would read
     if not terraced:
         queries = q if deltas == 1 else pad(q[..., None, :], (0, 0, deltas - 1, 0)).flatten(-3, -2)
         readers = torch.cat([queries, readers], dim=2)
-    by_k, by_a = decayed_products(readers, k, g), None if a is None else decayed_products(readers, a, g)
-    first = r if g is None else r * pad(g[..., :-1, :], (0, 0, 1, 0)).cumsum(-2).exp()
+    by_k, by_a = _products(readers, k, g), None if a is None else _products(readers, a, g)
+    first = r if g is None else r * torch.exp2(up_to(pad(g[..., :-1, :], (0, 0, 1, 0))))
     if by_a is None:
         solved = _solve(_before(by_k), torch.cat([v, -first], dim=-1))
     else:
@@ -110,7 +111,7 @@ def chunked(
         out = q @ torch.stack(states[1:], dim=2)[:, :, None]
     else:
         if g is not None:
-            q = q * g.cumsum(-2).exp()[:, :, None, :, deltas - 1 :: deltas]
+            q = q * torch.exp2(up_to(g))[:, :, None, :, deltas - 1 :: deltas]
         out = q @ torch.stack(states[:-1], dim=2)[:, :, None]
         own = [(by_k, found)] if by_a is None else [(by_k, v), (by_a, found)]
         for products, values in own:
@@ -123,6 +124,11 @@ def _cut(x: Tensor, size: int, time: int) -> Tensor:
     missing = -time % size
     cut: Tensor = (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (-1, size))
     return cut
+
+
+def _products(q: Tensor, k: Tensor, g: Tensor | None) -> Tensor:
+    """Decayed products of q (B, M, R, N, C, K) and k (B, M, N, C, K): (B, M, R, N, C, C)."""
+    return decayed_products(q.movedim(2, 3), k, g)[0].movedim(3, 2)
 
 
 def _before(products: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ def _across(solved: Tensor, a: Tensor | None, k: Tensor, v: Tensor, g: Tensor | 
     side, added = (k, None) if a is None else (a, k)
     decay = None
     if g is not None:
-        remains, decay = until_end(g).exp(), g.sum(-2).exp()[..., None]  # decay (B, M, N, K or 1, 1)
+        remains, decay = torch.exp2(until_end(g)), torch.exp2(g.sum(-2))[..., None]  # decay (B, M, N, K or 1, 1)
         side, added = side * remains, None if added is None else added * remains
     side = side.transpose(-1, -2)
     added = None if added is None else added.transpose(-1, -2) @ v

@@ -16,8 +16,9 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .decays import SUBCHUNK, between
-from .recurrence_additive import boundary_states, step_state
+from .decays import SUBCHUNK, between, until_end, up_to
+from .products import LOG2E, product
+from .recurrence_additive import across, cut, step_state
 from .recurrence_additive import chunked as additive
 
 
@@ -59,23 +60,15 @@ def _logits(q: Tensor, k: Tensor, s: Tensor, g: Tensor, state: Tensor, terraced:
         logit_i[c] = sum_{j <= i} (q_i . k_j) s_j[c] e^(sum of g[c] over the tokens after j up to i)
     inside a sub-chunk, and from what came before it e^(sum of g[c] up to i) (K~ q_i)[c].
     """
-    time = q.shape[-2]
+    time, readers = q.shape[-2], q.shape[2]
     size = terraced or min(chunk or SUBCHUNK, SUBCHUNK, max(time, 1))
-    pad = -time % size
-    if pad:
-        q, k, s, g = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k, s, g))
-    q, k, s, g = (x.unflatten(-2, (-1, size)) for x in (q, k, s, g))  # (..., N, C, .)
-    before, after, last = boundary_states(s, k, g, state)
-    if terraced:
-        out = _read(q, after)
-    else:
-        products = (q @ k[:, :, None].transpose(-1, -2))[..., None, :]  # (B, M, R, N, C i, 1, C j)
-        writes = between(g).exp() * s[..., None, :, :]  # (B, M, N, C i, C j, m), 0 where i < j
-        own = torch.einsum("bmrnioj,bmnijc->bmrnic", products, writes)
-        out = _read(q, before) * g.cumsum(-2).exp()[:, :, None] + own
-    return out.flatten(-3, -2)[..., :time, :], last
-
-
-def _read(q: Tensor, states: Tensor) -> Tensor:
-    """q (B, M, R, N, C, D) against one K~ a chunk (B, M, N, m, D): (B, M, R, N, C, m)."""
-    return q @ states[:, :, None].transpose(-1, -2)
+    q, k, s, g = (cut(x, size) for x in (q, k, s, g * LOG2E))  # (N, B, M, R, C, D) and (N, B, M, C, .)
+    writes = s * torch.exp2(until_end(g))
+    out, last = across(q.flatten(-3, -2), k, writes, g.sum(-2)[..., None, :], state.mT, bool(terraced))
+    out = out.unflatten(-2, (readers, size))  # (N, B, M, R, C, m)
+    if not terraced:
+        products = product(q.flatten(-3, -2), k.mT).unflatten(-2, (readers, size))
+        inside = torch.exp2(between(g)) * s[..., None, :, :]  # (N, B, M, C i, C j, m), 0 where i < j
+        own = torch.einsum("...rij,...ijc->...ric", products, inside)
+        out = out * torch.exp2(up_to(g))[..., None, :, :] + own
+    return out.permute(1, 2, 3, 0, 4, 5).flatten(-3, -2)[..., :time, :], last.mT.contiguous()

@@ -13,6 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .products import LN2, LOG2E, exp, product
 from .spec import MixerSpec
 
 MIN_CHUNK = 32
@@ -30,9 +31,11 @@ class Scores:
     null: Tensor | None = None
     sliding: int | None = None
 
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        scores = (q * self.scale) @ k.transpose(-1, -2)
-        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+    def __call__(self, q: Tensor, k: Tensor, unit: float = 1.0) -> Tensor:
+        """Scores times `unit` of q (..., n, D) and k (..., m, D)."""
+        if self.softcap is None:
+            return product(q, (k * (self.scale * unit)).mT)
+        return (self.softcap * unit) * torch.tanh(product(q, (k * (self.scale / self.softcap)).mT))
 
 
 @dataclass(frozen=True)
@@ -53,42 +56,58 @@ class Part:
     def join(self, other: Part) -> Part:
         """Both as one softmax; a part may be empty for some queries (denominator 0, top -inf), not both."""
         top = torch.maximum(self.top, other.top)
-        own, its = (self.top - top).exp(), (other.top - top).exp()
+        own, its = exp(self.top - top), exp(other.top - top)
         numerator = self.numerator * own[..., None] + other.numerator * its[..., None]
         return Part(numerator, self.denominator * own + other.denominator * its, top)
 
 
 @dataclass(frozen=True)
 class Keys:
-    """k (B, G, N, L, D), v (B, G, N, L, V), mask (B or 1, 1 or G, N or 1, C, L): which of the C queries of a chunk see them."""
+    """k (B, G, N, L, D), v (B, G, N, L, V), mask (B or 1, 1 or G, N', C, L): which of the C queries of a chunk see them.
+
+    The last of N' <= N masks holds for every later chunk too, the first dimension of N keys where N is 1.
+    """
 
     k: Tensor
     v: Tensor
     mask: Tensor
 
 
-def attend(q: Tensor, groups: list[Keys], score: Scores) -> tuple[Part, Tensor]:
-    """q (B, G, R, N, C, D) over all groups jointly: the part, and its weights e^(s - top) (B, G, N, R * C, L).
+def together(groups: list[Keys]) -> Keys:
+    """Several groups as one."""
+    chunks, masks = (max(x.shape[2] for x in side) for side in ([g.k for g in groups], [g.mask for g in groups]))
+    k, v = (
+        torch.cat([x.expand(-1, -1, chunks, -1, -1) for x in side], dim=3)
+        for side in ([g.k for g in groups], [g.v for g in groups])
+    )
+    shape = torch.broadcast_shapes(*(g.mask.shape[:2] for g in groups))
+    return Keys(k, v, torch.cat([g.mask.expand(*shape, masks, -1, -1) for g in groups], dim=-1))
+
+
+def attend(q: Tensor, keys: Keys, score: Scores) -> tuple[Part, Tensor]:
+    """q (B, G, R, N, C, D) over keys: the part, and its weights e^(s - top) (B, G, N, R * C, L).
 
     A query that sees no key at all has denominator 0 and top -inf.
     """
     repeats, size = q.shape[2], q.shape[4]
-    rows = q.transpose(2, 3).flatten(3, 4)  # (B, G, N, R * C, D)
-    scores = torch.cat([score(rows, g.k).masked_fill(~g.mask.tile(1, 1, 1, repeats, 1), -torch.inf) for g in groups], dim=-1)
+    scores = score(q.transpose(2, 3).flatten(3, 4), keys.k, LOG2E)  # (B, G, N, R * C, L), of base 2
+    _hide(scores.detach().unflatten(3, (repeats, size)), keys.mask)
     top = scores.detach().amax(-1)
-    weights = (scores - top.clamp(min=torch.finfo(top.dtype).min)[..., None]).exp()
-    numerator, start = None, 0
-    for group in groups:
-        stop = start + group.k.shape[-2]
-        share = weights[..., start:stop] @ group.v
-        numerator, start = share if numerator is None else numerator + share, stop
-    assert numerator is not None
+    weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)[..., None]).exp2_()
 
     def back(x: Tensor) -> Tensor:
         apart: Tensor = x.unflatten(3, (repeats, size))
         return apart.transpose(2, 3).flatten(3, 4)  # (B, G, R, T, ...)
 
-    return Part(back(numerator), back(weights.sum(-1)), back(top)), weights
+    return Part(back(product(weights, keys.v)), back(weights.sum(-1)), back(top) * LN2), weights
+
+
+def _hide(scores: Tensor, mask: Tensor) -> None:
+    """Scores (B, G, N, R, C, L), in place, are -inf where a mask (., ., N', C, L) hides the key."""
+    bound = torch.full_like(mask, torch.inf, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)[:, :, :, None]
+    last = mask.shape[2] - 1
+    for part, own in ((scores[:, :, :last], bound[:, :, :last]), (scores[:, :, last:], bound[:, :, last:])):
+        torch.minimum(part, own, out=part)  # several times as fast as to fill by a mask
 
 
 def received(weights: Tensor, queries: Tensor, distance: Tensor, width: int) -> Tensor:
@@ -134,16 +153,21 @@ def near_chunked(
     """
     time, size = q.shape[3], min(chunk_size(spec), max(q.shape[3], 1))
     pad = -time % size
-    q = torch.nn.functional.pad(q, (0, 0, 0, pad)).unflatten(3, (-1, size))
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).unfold(2, lead + size, size).transpose(-1, -2) for x in (k, v))
+    if pad:
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+    q = q.unflatten(3, (-1, size))
+    k, v = (x.unfold(2, lead + size, size).transpose(-1, -2) for x in (k, v))
     starts = torch.arange(q.shape[3], device=q.device) * size
-    query = (count[:, None] + starts)[:, None, :, None, None] + torch.arange(size, device=q.device)[:, None]
-    key = (count[:, None] + starts)[:, None, :, None, None] + torch.arange(-lead, size, device=q.device)
-    groups = [Keys(k, v, visible(spec, query, key))]
+    query, key = (  # (B or 1, 1, N, C, 1) and (B or 1, 1, N, 1, lead + C)
+        count[:, None, None, None, None] + starts[:, None, None] + within
+        for within in (torch.arange(size, device=q.device)[:, None], torch.arange(-lead, size, device=q.device))
+    )
+    differ = -(-(lead + spec.sinks) // size) + 1  # from then on all keys come after the sinks, and masks are the same
+    groups = [Keys(k, v, visible(spec, query[:, :, :differ], key[:, :, :differ]))]
     if spec.sinks:
         sink = torch.arange(spec.sinks, device=q.device)
-        groups.insert(0, Keys(sink_k[:, :, None], sink_v[:, :, None], sink <= query))
-    part, weights = attend(q, groups, score)
+        groups.insert(0, Keys(sink_k[:, :, None], sink_v[:, :, None], sink <= query[:, :, :differ]))
+    part, weights = attend(q, together(groups), score)
     part = Part(part.numerator[..., :time, :], part.denominator[..., :time], part.top[..., :time])
     if after is None:
         return part, None
