@@ -24,7 +24,7 @@ TEACHER_SHARE = 0.25  # of the machine's memory: larger caches of the teacher ar
 def kv_bytes(subject: Subject, tokens: int) -> int:
     """Bytes of the keys and values that the unconverted model keeps of so many tokens, in the dtype of its weights."""
     shape = Shape(**subject.plan["layers"][0]["shape"])
-    layers = len(subject.plan["layers"]) + subject.plan["softmax_layers"]
+    layers: int = len(subject.plan["layers"]) + subject.plan["softmax_layers"]
     width = shape.kv_heads * (shape.head_dim + shape.value_dim)
     return tokens * layers * width * int(subject.model.dtype.itemsize)
 

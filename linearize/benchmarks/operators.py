@@ -46,6 +46,7 @@ def step_profile(step: Step, clock: Clock) -> dict[str, Any]:
 
     The profiler slows calls down: what lies between operators (Python, autograd) is told larger than it is.
     """
+    step()  # the first one makes the optimizer's moments
     took, operators = profiled(step.backward, clock)
     update, _ = profiled(step.update, clock)
     totals = dict.fromkeys([*GROUPS, OTHER], 0.0)

@@ -10,7 +10,7 @@ from linearize.cli.units import number, percent, size
 
 Found = Mapping[str, Any]
 LIMITS = ("matmul", "memory", "calls")
-SCALES = ("length", "context", "sequences")  # what a row is measured at
+SCALES = ("length", "sequences", "context")  # what a row is measured at
 
 
 def benchmark(console: Console, found: Found) -> None:
