@@ -123,6 +123,8 @@ def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, rep
     for name, model, limit in (("student", subject.model, max(lengths)), ("teacher", subject.teacher, teacher_to)):
         trained, _ = with_adapter(recomputing(model), stage)
         runs = {length: there_and_back(trained, subject.text(length)) for length in lengths if length <= limit}
+        if not runs:
+            continue
         work = {}
         for done, (length, run) in enumerate(runs.items()):
             subject.progress(f"bench: {name} by length", done, len(runs), length=length)

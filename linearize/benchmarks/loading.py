@@ -44,8 +44,7 @@ def bench_load(
         runs: dict[str, Callable[[], object]] = {CONVERTED: partial(load, directory, dtype=dtype, device=device)}
         runs |= originals(plan["source"], chosen, device)
         if not any(name.startswith("the original") for name in runs):
-            unconverted(model).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            write_unconverted(model, tokenizer, folder)
             runs[WRITTEN] = partial(load_original, folder, chosen, device)
         del model, tokenizer
         progress("bench: load", 0, 1)
@@ -61,6 +60,14 @@ def bench_load(
         "rows": [{"name": name, "seconds": spread.to_dict()} for name, spread in (seconds | started).items()],
         "over": base, "converted_over_original": seconds[CONVERTED].median / seconds[base].median,
     }  # fmt: skip
+
+
+def write_unconverted(model: Any, tokenizer: Any, folder: str) -> None:
+    """The network without mixers, as any other model's folder."""
+    stock = unconverted(model)
+    del stock.config.linearize
+    stock.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def originals(source: Mapping[str, Any], dtype: str, device: str) -> dict[str, Callable[[], object]]:

@@ -71,7 +71,8 @@ def test_the_plan_shown_is_the_plan(tmp_path: Path, shell: dict[str, str]) -> No
 def test_every_verb_is_in_the_table() -> None:
     from linearize.cli import build
 
-    verbs = {command.name for command in build().registered_commands}
+    app = build()
+    verbs = {entry.name for entry in (*app.registered_commands, *app.registered_groups)}
     assert verbs == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("## Verbs")[2].partition("\n## ")[0], re.MULTILINE))
 
 
