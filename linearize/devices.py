@@ -63,38 +63,28 @@ def clock_of(device: torch.device) -> Clock:
     return read
 
 
-def calls_a_second(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """How often `run` is called in a second, measured for about so long."""
+def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest call of those made in about so many seconds: what the machine does when nothing else disturbs it."""
     clock = clock_of(device)
-    count, began, took = 0, clock(), 0.0
-    while took < seconds:
+    began = now = clock()
+    best = float("inf")
+    while now - began < seconds:
         run()
-        count, took = count + 1, clock() - began
-    return count / took
+        before, now = now, clock()
+        best = min(best, now - before)
+    return best
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 512, seconds: float = 0.2) -> float:
     """FLOP/s of square matrix products, measured for about that long."""
     a, b = torch.randn(2, size, size).to(device, dtype)
-    return 2 * size**3 * calls_a_second(lambda: a @ b, device, seconds)
+    return 2 * size**3 / fastest(lambda: a @ b, device, seconds)
 
 
 def read_rate(device: torch.device, nbytes: int = 1 << 28, seconds: float = 0.2) -> float:
     """Bytes/s at which so many, far more than a cache holds, are read and added up, measured for about that long."""
     x = torch.ones(nbytes // 4, device=device)
-    return nbytes * calls_a_second(x.sum, device, seconds)
-
-
-def call_rate(device: torch.device, seconds: float = 0.1) -> float:
-    """Operators a second that are called from Python, one after the other, on tensors too small to matter."""
-    a, b = torch.ones(2, 8, 8, device=device)
-
-    def few() -> None:
-        (a.view(64) + b.view(64)).sum()
-        (a @ b).transpose(0, 1)
-
-    with torch.no_grad():
-        return 6 * calls_a_second(few, device, seconds)
+    return nbytes / fastest(x.sum, device, seconds)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -58,7 +58,7 @@ def batch(subject: Subject, sizes: Sequence[int], context: int, steps: int) -> d
         work = {name: counted(run, whole + held[name]) for name, run in runs.items()}
         seconds = in_turn(runs, steps, subject.clock)
         facts = {"sequences": size, "context": context, "kv_bytes": kv}
-        rows += [row(n, seconds[n], work[n], subject.machine, size, **facts, cache_bytes=held[n]) for n in runs]
+        rows += [row(n, seconds[n], work[n], size, **facts, cache_bytes=held[n]) for n in runs]
         if known and list(readers) == [STUDENT]:
             rows[-1]["peak"] = peak_memory(subject.device)
         if TEACHER in readers:

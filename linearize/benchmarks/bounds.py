@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from linearize.devices import call_rate, matmul_rate, read_rate
+from linearize.devices import fastest, matmul_rate, read_rate
+from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.timing import Spread
+from linearize.testing.models import tiny_llama
 
-BURSTS = 5  # of each measurement of the machine: the best one is what it can do
+SECONDS = 0.5  # that each measurement of the machine takes
 MATRIX = 2048  # rows and columns of the products that are measured
 ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch itself does not count
 ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -30,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """FLOP/s of matrix products in `dtype`, bytes/s of reading, operators a second called from Python."""
+    """FLOP/s of matrix products in `dtype`, bytes/s of reading, operators a second that a stock model's Python gets to call."""
 
     dtype: str
     threads: int
@@ -40,19 +43,19 @@ class Machine:
 
     @classmethod
     def measure(cls, dtype: torch.dtype, device: torch.device) -> Machine:
-        """The best of a few bursts of each."""
-        rates: tuple[Callable[[], float], ...] = (
-            lambda: matmul_rate(dtype, device, MATRIX), lambda: read_rate(device), lambda: call_rate(device)
+        """What it does when nothing else disturbs it."""
+        return cls(
+            str(dtype).removeprefix("torch."), torch.get_num_threads(), matmul_rate(dtype, device, MATRIX, SECONDS),
+            read_rate(device, seconds=SECONDS), call_rate(dtype, device),
         )  # fmt: skip
-        best = (max(rate() for _ in range(BURSTS)) for rate in rates)
-        return cls(str(dtype).removeprefix("torch."), torch.get_num_threads(), *best)
+
+    def best(self, other: Machine) -> Machine:
+        """The faster of two measurements of each rate."""
+        return replace(self, **{key: max(getattr(self, key), getattr(other, key)) for key in ("matmul", "read", "calls")})
 
     def limits(self, work: Work) -> dict[str, float]:
         """The seconds that each resource alone would take."""
         return {"matmul": work.flops / self.matmul, "memory": work.nbytes / self.read, "calls": work.calls / self.calls}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Counter(TorchDispatchMode):
@@ -71,6 +74,13 @@ class Counter(TorchDispatchMode):
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def call_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operators a second when a model too small to compute anything says a token: Python and dispatch alone."""
+    reader = Reader(Variant("", tiny_llama().to(device, dtype)))
+    token = partial(reader, torch.ones(1, 1, dtype=torch.long))
+    return counted(token).calls / fastest(token, device, SECONDS)
 
 
 def attention_flops(backward: bool, args: Any, kwargs: Any) -> float:
@@ -106,10 +116,15 @@ def weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in apart)
 
 
-def row(name: str, seconds: Spread, work: Work, machine: Machine, tokens: int, **facts: Any) -> dict[str, Any]:
-    """One line of a benchmark. `bound` has, for each resource, the share of the time that it alone would take, and the largest."""
-    shares = {key: limit / seconds.median for key, limit in machine.limits(work).items()}
+def row(name: str, seconds: Spread, work: Work, tokens: int, **facts: Any) -> dict[str, Any]:
+    """One line of a benchmark."""
     return {
         "name": name, **facts, "tokens": tokens, "seconds": seconds.to_dict(), "tokens_per_second": tokens / seconds.median,
-        "work": asdict(work), "bound": {**shares, "by": max(shares, key=lambda key: shares[key])},
+        "work": asdict(work),
     }  # fmt: skip
+
+
+def bounded(one: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """A row with the share of its time that each resource alone would take, and which would take most."""
+    shares = {key: limit / one["seconds"]["median"] for key, limit in machine.limits(Work(**one["work"])).items()}
+    return {**one, "bound": {**shares, "by": max(shares, key=lambda key: shares[key])}}

@@ -88,7 +88,7 @@ def decode(
         work = works(runs, weight_bytes(subject.model), weight_bytes(subject.teacher), other)
         seconds = in_turn(runs, steps, subject.clock)
         held = {name: reader.nbytes() for name, reader in readers.items()}
-        own = [row(n, seconds[n], work[n], subject.machine, 1, context=context, cache_bytes=held.get(n)) for n in runs]
+        own = [row(n, seconds[n], work[n], 1, context=context, cache_bytes=held.get(n)) for n in runs]
         rows += own
         medians = {one["name"]: one["seconds"]["median"] for one in own}
         best = min((name for name in readers if name != STUDENT), key=lambda name: medians[name])

@@ -110,7 +110,7 @@ def compared(subject: Subject, runs: Mapping[str, Run], kind: str, sequence: int
     read = weight_bytes(subject.model)
     work = {name: counted(run, read) for name, run in runs.items()}
     seconds = in_turn(runs, repeats, subject.clock)
-    rows = [row(name, seconds[name], work[name], subject.machine, sequence, length=sequence) for name in runs]
+    rows = [row(name, seconds[name], work[name], sequence, length=sequence) for name in runs]
     *own, base = runs
     ratios = {name: seconds[base].median / seconds[name].median for name in own}
     return rows, {"stage": kind, "length": sequence, "over": base, "throughput": ratios}
@@ -130,7 +130,7 @@ def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, rep
             subject.progress(f"bench: {name} by length", done, len(runs), length=length)
             work[length] = counted(run, weight_bytes(model))
         seconds = in_turn({str(length): run for length, run in runs.items()}, repeats, subject.clock)
-        rows += [row(f"{name}, forward and backward", seconds[str(x)], work[x], subject.machine, x, length=x) for x in runs]
+        rows += [row(f"{name}, forward and backward", seconds[str(x)], work[x], x, length=x) for x in runs]
         a_token = {str(x): seconds[str(x)].median / x for x in runs}
         found[name] = {"seconds_a_token": a_token, "largest_over_smallest": max(a_token.values()) / min(a_token.values())}
     return rows, found

@@ -38,7 +38,7 @@ def prefill(subject: Subject, lengths: Sequence[int], repeats: int) -> dict[str,
         own = {name: partial(read_whole, model, ids, keep) for name, (model, keep) in runs.items()}
         work = {name: counted(run, weight_bytes(runs[name][0])) for name, run in own.items()}
         seconds = in_turn(own, repeats, subject.clock)
-        rows += [row(name, seconds[name], work[name], subject.machine, length, length=length) for name in own]
+        rows += [row(name, seconds[name], work[name], length, length=length) for name in own]
         student, teacher, floor = (seconds[name].median for name in ("student", "teacher", "floor"))
         ratios.append({"length": length, "teacher_over_student": teacher / student, "student_over_floor": student / floor})
     subject.progress("bench: prefill", len(lengths), len(lengths))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from linearize.benchmarks.bounds import Machine
+from linearize.benchmarks.bounds import Machine, bounded
 from linearize.conversion.teacher import unconverted
 from linearize.devices import Clock, clock_of
 from linearize.errors import InputError
@@ -42,14 +42,17 @@ AttentionMaskInterface.register(FLOOR, no_mask)
 
 @dataclass
 class Subject:
-    """A student in memory, with what it is compared to; `clock` tells seconds, `machine` what bounds them."""
+    """A student in memory, with what it is compared to; `clock` tells seconds, `measure` what the machine does in one."""
 
     name: str
     model: Any
     tokenizer: Any
-    machine: Machine
+    measure: Callable[[], Machine]
     clock: Clock
     progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        self.machine = self.measure()
 
     @property
     def device(self) -> torch.device:
@@ -77,10 +80,12 @@ class Subject:
         return random_ids(self.model.config.vocab_size, length).expand(batch, -1).to(self.device)
 
     def report(self, benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]], **found: Any) -> dict[str, Any]:
-        """What a benchmark found, with all that its figures depend on."""
+        """What a benchmark found, with all that its figures depend on; the machine is measured again, and counts at its best."""
+        machine = self.machine.best(self.measure())
         return {
-            "benchmark": benchmark, "model": self.name, "method": self.plan["method"], "machine": self.machine.to_dict(),
-            "environment": environment(self.model, 0), "settings": settings, "rows": rows, **found,
+            "benchmark": benchmark, "model": self.name, "method": self.plan["method"], "machine": asdict(machine),
+            "environment": environment(self.model, 0), "settings": settings, "rows": [bounded(one, machine) for one in rows],
+            **found,
         }  # fmt: skip
 
 
@@ -102,5 +107,5 @@ def open_subject(
     progress("load", 0, 1)
     model, tokenizer = load(directory, dtype=dtype, device=device)
     progress("load", 1, 1)
-    machine = Machine.measure(model.dtype, model.device)
-    return Subject(str(directory), model, tokenizer, machine, clock_of(model.device), progress)
+    measure = partial(Machine.measure, model.dtype, model.device)
+    return Subject(str(directory), model, tokenizer, measure, clock_of(model.device), progress)

@@ -95,7 +95,7 @@ def batch(console: Console, found: Found) -> None:
     if found["ratios"]:
         ratios = ", ".join(f"{times(r['teacher_over_student'])} at {r['sequences']}" for r in found["ratios"])
         console.facts([("teacher / student", ratios)])
-    last, context = found["rows"][-1], found["settings"]["context"]
+    last, context = [row for row in found["rows"] if row["name"] == "student"][-1], found["settings"]["context"]
     held = f"{size(last['cache_bytes'])} of states" + (f", the process at most {size(last['peak'])}" if "peak" in last else "")
     console.facts(
         [

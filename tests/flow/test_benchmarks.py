@@ -20,7 +20,7 @@ from transformers import StaticCache
 from linearize.benchmarks import batch as batches
 from linearize.benchmarks import llama_cpp
 from linearize.benchmarks.batch import batch, copies, kv_bytes
-from linearize.benchmarks.bounds import Counter, Machine, Work, counted, row, weight_bytes
+from linearize.benchmarks.bounds import Counter, Machine, Work, bounded, counted, row, weight_bytes
 from linearize.benchmarks.decode import decode, snapshots, static, stepper
 from linearize.benchmarks.distill import KINDS, LENGTHS, PROFILE, RATIO, bench_distill, lengths_apart, stages
 from linearize.benchmarks.operators import GROUPS, OTHER, group_of, shares
@@ -74,7 +74,7 @@ def subject() -> Subject:
     words = tokenizer()
     model = linearized(tiny_llama(max_position_embeddings=4096, vocab_size=len(words)), SPEC)
     model.config.linearize["method"] = "default"
-    return Subject("tiny", model, words, MACHINE, Clock())
+    return Subject("tiny", model, words, lambda: MACHINE, Clock())
 
 
 def clock_of(subject: Subject) -> Clock:
@@ -106,9 +106,17 @@ def test_runs_are_timed_in_turn() -> None:
 
 
 def test_a_row_says_what_each_resource_alone_would_take() -> None:
-    found = row("x", Spread.of([0.5]), Work(flops=1e8, calls=50_000, nbytes=2e8), MACHINE, tokens=100, length=7)
+    made = row("x", Spread.of([0.5]), Work(flops=1e8, calls=50_000, nbytes=2e8), tokens=100, length=7)
+    found = bounded(made, MACHINE)
     assert found["bound"] == pytest.approx({"matmul": 0.2, "memory": 0.4, "calls": 0.1, "by": "memory"})
     assert (found["tokens_per_second"], found["length"]) == (200, 7)
+
+
+def test_the_machine_counts_at_its_best() -> None:
+    other = Machine("float32", threads=1, matmul=2e9, read=5e8, calls=1e6)
+    assert MACHINE.best(other) == other.best(MACHINE) == Machine("float32", 1, 2e9, 1e9, 1e6)
+    measured = Machine.measure(torch.float32, CPU)
+    assert min(measured.matmul, measured.read, measured.calls) > 0
 
 
 # ---- what is counted ----
