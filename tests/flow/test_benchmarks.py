@@ -253,6 +253,26 @@ def test_decode(subject: Subject) -> None:
     assert by[60, "teacher"]["cache_bytes"] > 5 * by[4, "teacher"]["cache_bytes"]
 
 
+def test_a_compiled_teacher_is_one_more_form(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators cannot be counted one by one; its matrix products are those of the form that was compiled."""
+    clock, calls = clock_of(subject), list[int]()
+
+    def compiled(model: Any) -> Any:
+        faster = unconverted(subject.model)
+        moves(clock, faster, lambda _, given: float(calls.append(1) or 1e-4))  # type: ignore[func-returns-value]
+        return faster
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    moves(clock, subject.model, lambda _, given: 2e-4)
+    moves(clock, subject.teacher, lambda _, given: 1e-3)
+    found = decode(subject, [12], [], steps=2, compile_teacher=True)
+    assert found["ratios"][0]["best_teacher"] == "teacher, static cache, compiled"
+    assert found["ratios"][0]["over_student"]["teacher, static cache, compiled"] == pytest.approx(0.5)
+    by = {r["name"]: r["work"] for r in found["rows"]}
+    assert by["teacher, static cache, compiled"] == {**by["teacher, static cache"], "calls": 0}
+    assert len(calls) == 3 + 2  # what may compile, then what is timed
+
+
 def test_batch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes as long for many as for one, so throughput is their number's; the teacher stops where its cache is too large."""
     clock = clock_of(subject)
