@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli import architectures, chat, convert, demo, distill, eval, export, generate, inspect, merge, methods
+from linearize.cli import architectures, bench, chat, convert, demo, distill, eval, export, generate, inspect, merge, methods
 from linearize.cli import report as reporting
 from linearize.cli.exits import Terminated, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
@@ -44,6 +44,7 @@ def build() -> typer.Typer:
     add("merge", MAKE, merge.merge, merge.EXAMPLES)
     add("eval", MEASURE, eval.evaluate, eval.EXAMPLES)
     add("report", MEASURE, reporting.report, reporting.EXAMPLES)
+    app.add_typer(bench.app(), name="bench", rich_help_panel=MEASURE)
     add("inspect", MEASURE, inspect.inspect, inspect.EXAMPLES)
     add("architectures", MEASURE, architectures.architectures, architectures.EXAMPLES)
     add("methods", MEASURE, methods.methods, methods.EXAMPLES)
@@ -103,14 +104,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def help_of(command: Any, arguments: Sequence[str]) -> str | None:
     """Help without parsing: typer reads even `--help` through pydantic, which takes longer to import than all the rest."""
-    words = [a for a in arguments if not a.startswith("-")]
-    if not any(flag in arguments for flag in SETTINGS["help_option_names"]) or (words and words[0] not in command.commands):
+    if not any(flag in arguments for flag in SETTINGS["help_option_names"]):
         return None
     ctx = typer.Context(command, info_name="linearize", **SETTINGS)
-    if not words:
-        return str(command.get_help(ctx))
-    verb = command.commands[words[0]]
-    return str(verb.get_help(typer.Context(verb, info_name=words[0], parent=ctx, **SETTINGS)))
+    for word in (a for a in arguments if not a.startswith("-")):
+        if not hasattr(command, "commands"):  # what follows a verb are its arguments
+            break
+        if word not in command.commands:
+            return None
+        command = command.commands[word]
+        ctx = typer.Context(command, info_name=word, parent=ctx, **SETTINGS)
+    return str(command.get_help(ctx))
 
 
 def hush() -> None:
@@ -118,6 +122,7 @@ def hush() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

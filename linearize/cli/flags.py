@@ -49,6 +49,11 @@ def count(text: str | int) -> int:
         raise typer.BadParameter(f"'{text}' is not a number of tokens such as 200000, 200k or 1.5M") from None
 
 
+def counts(text: str) -> list[int]:
+    """Numbers of tokens, the smallest first: 512,1k,8k. None, where the text is empty."""
+    return sorted({count(part) for part in text.replace(" ", "").split(",") if part})
+
+
 def new_folder(path: Path | None) -> Path | None:
     """Refuse `-o ""` and `-o .`: replacing the current folder is never meant."""
     if path is not None and path == Path():

@@ -1,10 +1,14 @@
-"""The teacher of a checkpoint: the student itself with its mixers off, or the source model once an adapter changed the weights."""
+"""The teacher of a checkpoint: the student itself with its mixers off, or the source model once an adapter changed the weights;
+and the stock model around the student's weights, which is as fast as the teacher ever was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from linearize.conversion.convert import attach, load_source
 from linearize.conversion.sources import resolve
@@ -37,3 +41,24 @@ def _provenance(source: Mapping[str, Any]) -> str:
 
 def _baseline(layer: Mapping[str, Any]) -> MixerSpec:
     return window_alone(MixerSpec.from_dict(layer["mixer"]))
+
+
+def unconverted(model: Any) -> Any:
+    """The stock transformers model on the parameters of a linearized one, of which none is copied, in eval mode.
+
+    What it says is the teacher's until an adapter changed the weights; what it costs always is. Its config keeps the plan.
+    """
+    config_class, base = type(model.config).__bases__[1], type(model).__bases__[1]  # below our mixins
+    own = ("model_type", "linearize", "auto_map", "architectures")
+    config = config_class(**{key: value for key, value in model.config.to_dict().items() if key not in own})
+    with torch.device("meta"):
+        stock: Any = base(config)
+    stock.load_state_dict({name: x for name, x in model.state_dict().items() if ".linearize." not in name}, assign=True)
+    for name, buffer in model.named_buffers():  # those that a checkpoint does not hold
+        parent, _, last = name.rpartition(".")
+        if ".linearize." not in name and stock.get_buffer(name).is_meta:
+            stock.get_submodule(parent).register_buffer(last, buffer, persistent=False)
+    stock.tie_weights()  # a state dict parts what is one parameter
+    stock.config.linearize = model.config.linearize
+    stock.generation_config = model.generation_config
+    return stock.eval()

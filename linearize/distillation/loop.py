@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor, nn
 
+from linearize.devices import peak_memory
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
 from linearize.distillation.launching import check_joined, meant
-from linearize.distillation.metrics import append, forget_after, peak_memory, worst
+from linearize.distillation.metrics import append, forget_after, worst
 from linearize.distillation.sharding import gather_moments, make_optimizer
 from linearize.distillation.state import check_same, latest_state, load_optimizer, save_state
 from linearize.errors import Interrupted, ResourceError, TrainingError, UsageError

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 METRICS = "metrics.jsonl"
 
@@ -36,13 +32,6 @@ def forget_after(run: Path, stage: str, step: int) -> None:
         if line["stage"] != stage or line["step"] <= step:
             kept.append(text + "\n")
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the device, or on a CPU this process, has held so far."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def worst(by_layer: Mapping[int, float]) -> str:

@@ -46,11 +46,14 @@ class Reader:
             )  # fmt: skip
         return out.logits[0]  # type: ignore[no-any-return]
 
+    def feed(self, ids: Tensor, chunk: int = CHUNK) -> None:
+        """Take in the next tokens of the text (1, n), a chunk at a time."""
+        for start in range(0, ids.shape[1], chunk):
+            self(ids[:, start : start + chunk], keep=1)
+
     def read(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Logits (keep, vocabulary) after all of a text (1, T), the last `keep` tokens of it in one call."""
-        time = ids.shape[1]
-        for start in range(0, time - keep, CHUNK):
-            self(ids[:, start : min(start + CHUNK, time - keep)], keep=1)
+        self.feed(ids[:, :-keep])
         return self(ids[:, -keep:])
 
     def greedy(self, ids: Tensor, tokens: int, end: int | None = None) -> list[int]:

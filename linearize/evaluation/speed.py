@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from linearize.evaluation.reading import CHUNK, Reader, Variant
+from linearize.devices import clock_of
+from linearize.evaluation.reading import Reader, Variant
+from linearize.evaluation.timing import Spread, seconds_of
 
 STEPS = 8  # tokens decoded at each length; the median counts
 LENGTHS = (512, 1024, 2048, 4096)
@@ -22,27 +27,27 @@ def speed(
 
     One text of random tokens is read once a variant; times at a length are those of the work so far.
     """
-    ids = torch.randint(vocabulary, (1, max(lengths)), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(vocabulary, max(lengths))
     rows: list[dict[str, Any]] = [{"length": length} for length in lengths]
     for number, (name, variant) in enumerate(variants.items()):
-        reader, prefill, at = Reader(variant), 0.0, 0
-        Reader(variant)(ids[:, :2], keep=1)  # the first call pays for what later ones find ready
-        for done, row in enumerate(rows):
-            stop = row["length"] - STEPS
-            for start in range(at, stop, CHUNK):
-                began = time.perf_counter()
-                reader(ids[:, start : min(start + CHUNK, stop)], keep=1)
-                prefill += time.perf_counter() - began
-            steps = []
-            for i in range(stop, row["length"]):
-                began = time.perf_counter()
-                reader(ids[:, i : i + 1], keep=1)
-                steps.append(time.perf_counter() - began)
-            at = row["length"]
-            seconds = sorted(steps)[len(steps) // 2]
-            row[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": 1 / seconds, "bytes": reader.nbytes()}
-            report(number * len(rows) + done + 1, len(variants) * len(rows))
+        with variant.context():  # once: at every token it would cost as much as a layer
+            inside = replace(variant, context=nullcontext)
+            reader, prefill, at = Reader(inside), 0.0, 0
+            clock = clock_of(reader.device)
+            Reader(inside)(ids[:, :2], keep=1)  # the first call pays for what later ones find ready
+            for done, row in enumerate(rows):
+                stop = row["length"] - STEPS
+                prefill += seconds_of(partial(reader.feed, ids[:, at:stop]), clock)
+                steps = [seconds_of(partial(reader, ids[:, i : i + 1], keep=1), clock) for i in range(stop, row["length"])]
+                at, seconds = row["length"], Spread.of(steps).median
+                row[name] = {"prefill_seconds": prefill, "decode_tokens_per_second": 1 / seconds, "bytes": reader.nbytes()}
+                report(number * len(rows) + done + 1, len(variants) * len(rows))
     return {"rows": rows, "crossover": crossovers(rows) if {"student", "teacher"} <= set(variants) else {}}
+
+
+def random_ids(vocabulary: int, length: int) -> Tensor:
+    """A text (1, length) that means nothing: how long it takes to read does not depend on what it says."""
+    return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

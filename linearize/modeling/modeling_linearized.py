@@ -245,6 +245,9 @@ def converted(model: Any) -> list[int]:
 def mode(model: nn.Module, name: str) -> Iterator[None]:
     """Run the model as its teacher ('teacher': mixers off) or as the teacher under observation ('observe')."""
     modules = attentions(model)
+    if not modules:  # a stock model is its own teacher
+        yield
+        return
     wholes = [m for m in model.modules() if hasattr(m, "is_linearized_model")]
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and not hasattr(m, "linearize_attend")}
     before = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]

