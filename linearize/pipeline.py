@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ DEMO_PROMPT = "Name three things that a good short story needs."
 DEMO_ANSWER = Settings(max_tokens=40)
 MIN_TRANSFER_TOKENS = 30 * SEQUENCE
 EVALUATION_ROWS = 2
-ALIKE = ("data", "tokens", "length", "seed")  # what figures that are laid side by side must have in common
+ALIKE = ("data", "held_out", "tokens", "length", "seed", "dtype")  # what figures that are laid side by side must have in common
 TOKENS, LONGEST = 16_384, 8192  # of an evaluation, and of one row in it
 RESERVE_STEPS = 20  # evaluation and chat take about as long as this many transfer steps
 LORA_STEP_COST = 2.5  # of a transfer step
@@ -57,6 +57,7 @@ def evaluate(
     directory: Path,
     *,
     data: str | None = None,
+    held_out: int | None = None,
     tokens: int = TOKENS,
     length: int = LONGEST,
     teacher: str | None = None,
@@ -67,11 +68,13 @@ def evaluate(
     limit: int | None = None,
     task_folder: Path | None = None,
     seed: int = 0,
+    dtype: str = "auto",
     device: str = "auto",
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure a checkpoint on text that it was not trained on (the held-out share of `data`, or all of another file).
+    """Measure a checkpoint on text that it was not trained on: the documents of `data` that by their hash are held out.
 
+    `held_out` is the percentage of them, by default what its stages left out; 100 takes all, of text that no stage was given.
     `length` bounds the rows, `recall` is the grid of what is asked (or whether anything is), `speed` the lengths at which it is
     timed (empty: not at all), `tasks` names tasks of lm-evaluation-harness, at most `limit` examples each, with YAML files of
     one's own in `task_folder`.
@@ -81,13 +84,9 @@ def evaluate(
     docs = documents(source, chat_of(AutoTokenizer.from_pretrained(directory)))
     if tasks:
         need_harness()
-    model, tokenizer = load(directory, device=device)
+    docs, what = measured_documents(check(directory)["linearize"], source, docs, held_out)
+    model, tokenizer = load(directory, dtype=dtype, device=device)
     plan = model.config.linearize
-    _, held_out = text.split(docs)
-    what = (
-        f"the held-out documents of {source}, which no stage trains on" if held_out else f"{source}: one document, nothing held out"
-    )
-    docs = held_out or docs
     host, note = teacher_host(model, plan, teacher, device)
     longest = limit_of(model.config)
     grid = recall if isinstance(recall, Grid) else Grid(seed=seed) if recall else None
@@ -105,21 +104,35 @@ def evaluate(
     return replace(found, tasks=harness(both, tokenizer, tasks, limit=limit, folder=task_folder, seed=seed, progress=progress))
 
 
+def measured_documents(plan: Mapping[str, Any], source: str, docs: list[str], held_out: int | None) -> tuple[list[str], str]:
+    """The documents that no stage of the plan was trained on, and what they are. UsageError where that cannot be."""
+    safe = min((stage.get("held_out", text.HELD_OUT_PERCENT) for stage in plan["stages"]), default=text.HELD_OUT_PERCENT)
+    percent = held_out or safe
+    if percent > safe and any(source in stage.get("data", ()) for stage in plan["stages"]):
+        raise UsageError(f"a stage held out {safe}% of {source}: more was trained on", "--held-out", f"--held-out {safe}")
+    if percent == 100:
+        return docs, f"all documents of {source}, which no stage was given"
+    _, found = text.split(docs, percent)
+    if not found:
+        return docs, f"{source}: one document, nothing held out"
+    return found, f"the held-out documents of {source} ({percent}% by hash), which no stage trains on"
+
+
 def report(
     directories: Sequence[Path], *, output: Path | None = None, again: bool = True, progress: Progress = silent, **settings: Any
 ) -> dict[str, Any]:
     """Measure checkpoints (see `evaluate` for the settings), and write page, model cards and evaluation.json into each.
 
     Not `again`: figures that were measured on these very weights before are used once more; UsageError where they are of another
-    text than the rest. Everything is checked, and matplotlib asked for, before anything is measured. Returns where the page and
-    the cards are, and the evaluations.
+    text than the rest, or of other tokens. Everything is checked, and matplotlib asked for, before anything is measured. Returns
+    where the page and the cards are, and the evaluations.
     """
     need_plots()
     plans = [check(directory)["linearize"] for directory in directories]
     asked = {key: settings.get(key) for key in ALIKE}
     before = [None if again else measured_before(directory) for directory in directories]
     check_alike(directories, [asked if found is None else found["asked"] for found in before])
-    entries, cards = [], []
+    entries, cards = list[Entry](), list[str]()
     for directory, plan, earlier in zip(directories, plans, before, strict=True):
         found = earlier
         if found is None:
@@ -127,6 +140,8 @@ def report(
             found |= {"weights": weights_of(directory), "asked": asked}
             write_atomically(directory / MEASURED, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
             cards.append(str(update_card(directory, found, plan["source"]["id"])))
+        if entries and found.get("text_hash") != entries[0].found.get("text_hash"):
+            raise UsageError("measured on other tokens", f"{directory}, {directories[0]}", "--data and --held-out the same for all")
         entries.append(Entry.of(directory, found))
     page = write_atomically(output or directories[0] / REPORT, render(entries))
     return {"page": str(page), "cards": cards, "evaluations": [entry.found for entry in entries]}

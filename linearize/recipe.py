@@ -15,6 +15,7 @@ from linearize.errors import InputError, UsageError
 from linearize.methods import DEFAULT
 from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, LORA, Stage
 from linearize.methods.layout import stages_of
+from linearize.text import HELD_OUT_PERCENT
 
 SEQUENCE, SHORTEST = 1024, 8
 SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
@@ -22,13 +23,16 @@ Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {
     "tokens": (1, 1e15), "lr": (1e-9, 10), "mixer_lr": (0, 10), "rank": (1, 4096), "dropout": (0, 0.9), "temperature": (0.01, 100),
     "far_weight": (0.01, 1000), "window_min": (0, 1e9), "window_dropout": (0, 0.9), "sequence": (0, 1e9), "batch": (1, 1e6),
-    "seed": (0, 2**31), "recall": (0, 0.9),
+    "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint of a method learns. `stages` are given by kind, each over the method's own stage of that kind."""
+    """What a checkpoint of a method learns. `stages` are given by kind, each over the method's own stage of that kind.
+
+    `held_out` is the percentage of the documents, by their hash, that no stage sees.
+    """
 
     method: str = DEFAULT
     data: tuple[str, ...] = (BUILTIN,)
@@ -36,6 +40,7 @@ class Recipe:
     sequence: int = SEQUENCE
     batch: int = 1
     seed: int = 0
+    held_out: int = HELD_OUT_PERCENT
     stages: tuple[Stage, ...] = ()
 
 

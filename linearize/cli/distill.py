@@ -46,6 +46,17 @@ Recall = Annotated[
         min=0, max=0.9, metavar="SHARE", help="Share of rows that ask for what was hidden.", rich_help_panel=LEARN, show_default="0"
     ),
 ]
+HeldOut = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=99,
+        metavar="PERCENT",
+        help="Documents that stay unseen, by hash.",
+        rich_help_panel=LEARN,
+        show_default="10",
+    ),
+]
 Tokens = Annotated[
     str | None,
     typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=LEARN, show_default="the recipe's"),
@@ -134,6 +145,7 @@ def distill(
     directory: flags.Directory,
     data: Data = None,
     recall: Recall = None,
+    held_out: HeldOut = None,
     tokens: Tokens = None,
     stage: Stage = flags.StageKind.all,
     recipe: RecipeFile = None,
@@ -174,8 +186,8 @@ def distill(
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            directory, data=data, recall=recall, tokens=flags.count(tokens) if tokens else None, stage=stage.value, output=output,
-            recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
+            directory, data=data, recall=recall, held_out=held_out, tokens=flags.count(tokens) if tokens else None,
+            stage=stage.value, output=output, recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (), shard=shard,
             precision=mixed_precision.value if mixed_precision else None, gradient_checkpointing=gradient_checkpointing,
             streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),

@@ -24,6 +24,14 @@ Data = Annotated[
         metavar="SOURCE", help="A text file, a folder, a hub data set.", rich_help_panel=WHAT, show_default="held-out built-in text"
     ),
 ]
+HeldOut = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=100, metavar="PERCENT", help="Documents to measure on, by their hash; 100 takes all.", rich_help_panel=WHAT,
+        show_default="those never trained on",
+    ),
+]  # fmt: skip
+Dtype = Annotated[flags.Dtype, typer.Option(help="What to compute in; auto takes the checkpoint's.", rich_help_panel=flags.HOW)]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens to measure on: 8192, 32k.", rich_help_panel=WHAT)]
 Length = Annotated[str, typer.Option(metavar="N", help="How far into a document, in tokens.", rich_help_panel=WHAT)]
 Teacher = Annotated[
@@ -55,6 +63,7 @@ Limit = Annotated[
 def evaluate(
     directory: flags.Directory,
     data: Data = None,
+    held_out: HeldOut = None,
     tokens: Tokens = "16384",
     length: Length = "8192",
     teacher: Teacher = None,
@@ -69,6 +78,7 @@ def evaluate(
     task_folder: TaskFolder = None,
     limit: Limit = None,
     seed: flags.Seed = 0,
+    dtype: Dtype = flags.Dtype.auto,
     device: flags.Device = "auto",
     as_json: flags.Json = False,
 ) -> None:
@@ -83,9 +93,9 @@ def evaluate(
     grid = asked(recall, recall_tasks, recall_lengths, recall_depths, recall_samples, seed)
     with console.progress() as progress:
         found = run(
-            directory, data=data, tokens=flags.count(tokens), length=flags.count(length), teacher=teacher, recall=grid,
-            samples=samples, speed=None if speed else (), tasks=words(tasks), limit=limit, task_folder=task_folder,
-            seed=seed, device=device, progress=progress,
+            directory, data=data, held_out=held_out, tokens=flags.count(tokens), length=flags.count(length), teacher=teacher,
+            recall=grid, samples=samples, speed=None if speed else (), tasks=words(tasks), limit=limit, task_folder=task_folder,
+            seed=seed, dtype=dtype.value, device=device, progress=progress,
         ).to_dict()  # fmt: skip
     measured.evaluation(console, found)
     console.data(found)

@@ -14,7 +14,8 @@ def evaluation(console: Console, found: Mapping[str, Any]) -> None:
     """Fidelity to the teacher, by position too, layer errors, recall, speed, tasks, and what they mean."""
     model, text = f"{found['model']}  {found['method']}", f"{found['text']}  {found['tokens']:,} tokens"
     documents = f" of {found['documents']} documents" if found.get("documents") else ""
-    console.facts([("model", model), ("text", text + documents)])
+    how = f"{environment['dtype']}, {environment['threads']} threads" if (environment := found.get("environment")) else ""
+    console.facts([("model", model), ("text", text + documents), *([("run in", how)] if how else [])])
     console.say()
     between = ("ratio 95%",) if any(r.get("ratio_interval") for r in found["rows"]) else ()
     rows = []
@@ -59,7 +60,7 @@ def positions(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def recall(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
-    """Share of answer tokens by task and length."""
+    """Share of the answers by task and length."""
     names = list(found[0]["scores"])
     console.say()
     console.table(

@@ -32,6 +32,7 @@ def report(
     directories: Directories,
     compare: Compare = False,
     data: measure.Data = None,
+    held_out: measure.HeldOut = None,
     tokens: measure.Tokens = "16384",
     length: measure.Length = "8192",
     teacher: measure.Teacher = None,
@@ -47,6 +48,7 @@ def report(
     limit: measure.Limit = None,
     output: Page = None,
     seed: flags.Seed = 0,
+    dtype: measure.Dtype = flags.Dtype.auto,
     device: flags.Device = "auto",
     as_json: flags.Json = False,
 ) -> None:
@@ -64,9 +66,10 @@ def report(
     grid = measure.asked(recall, recall_tasks, recall_lengths, recall_depths, recall_samples, seed)
     with console.progress() as progress:
         found = run(
-            directories, output=output, again=not compare, progress=progress, data=data, tokens=flags.count(tokens),
-            length=flags.count(length), teacher=teacher, recall=grid, samples=samples, speed=None if speed else (),
-            tasks=measure.words(tasks), limit=limit, task_folder=task_folder, seed=seed, device=device,
+            directories, output=output, again=not compare, progress=progress, data=data, held_out=held_out,
+            tokens=flags.count(tokens), length=flags.count(length), teacher=teacher, recall=grid, samples=samples,
+            speed=None if speed else (), tasks=measure.words(tasks), limit=limit, task_folder=task_folder, seed=seed,
+            dtype=dtype.value, device=device,
         )  # fmt: skip
     for evaluation in found["evaluations"]:
         measured.evaluation(console, evaluation)

@@ -59,6 +59,7 @@ def distill(
     *,
     data: str | Sequence[str] | None = None,
     recall: float | None = None,
+    held_out: int | None = None,
     tokens: int | None = None,
     stage: str = "all",
     recipe: Mapping[str, Any] | None = None,
@@ -84,8 +85,8 @@ def distill(
 
     What is learnt from what is the `recipe` (as `recipe.read` gives it), with `sets` such as stages.lora.rank=4 over it; without
     one it is the method's own. Over both go `data` (one source or several), the share `recall` of synthetic rows in which
-    something is hidden and asked for at the end (a decoder's task), the budget `tokens` of each stage, the kind of `stage`,
-    and `batch` rows of `sequence` tokens a step and process.
+    something is hidden and asked for at the end (a decoder's task), the percentage `held_out` of documents that stay unseen,
+    the budget `tokens` of each stage, the kind of `stage`, and `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. Without `merge` the adapter stays apart, in `output`/adapter.
     `streaming` runs stage attention a few layers at a time, for a model that does not fit in memory.
@@ -96,7 +97,7 @@ def distill(
     config = check(directory)
     plan, tokenizer = config["linearize"], AutoTokenizer.from_pretrained(directory)
     sources = (data,) if isinstance(data, str) else data
-    told = {"data": sources, "recall": recall, "seed": seed, "sequence": sequence, "batch": batch}
+    told = {"data": sources, "recall": recall, "held_out": held_out, "seed": seed, "sequence": sequence, "batch": batch}
     made = recipe_of(recipe, sets, plan["method"])
     made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
     chosen = stages_for(made, stage, tokens)
@@ -106,7 +107,7 @@ def distill(
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
     check_adapter_apart(directory)
-    training = training_documents(made.data, chat_of(tokenizer))
+    training = training_documents(made.data, chat_of(tokenizer), made.held_out)
     run = target.with_name(f"{target.name}.run")
     accelerator = make_accelerator(device, report_to, target.with_name(f"{target.name}.logs"))
     rows = Rows(made, plan, tokenizer, text.tokenise(tokenizer, training))
@@ -122,7 +123,7 @@ def distill(
     check_begun(run, streaming, resume, overwrite)
     begin_run(accelerator, run, resume, overwrite)
     facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
-    facts |= {"processes": accelerator.num_processes, "shard": shard, "precision": precision}
+    facts |= {"held_out": made.held_out, "processes": accelerator.num_processes, "shard": shard, "precision": precision}
     if report_to:
         shown = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **shown})
@@ -142,9 +143,9 @@ def distill(
     return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
 
 
-def training_documents(sources: Sequence[str], chat: Chat) -> list[str]:
+def training_documents(sources: Sequence[str], chat: Chat, held_out: int = text.HELD_OUT_PERCENT) -> list[str]:
     """The training side of every source's own split, so that what is held out of one stays so beside others."""
-    return [document for source in sources for document in text.split(documents(source, chat))[0]]
+    return [document for source in sources for document in text.split(documents(source, chat), held_out)[0]]
 
 
 @dataclass

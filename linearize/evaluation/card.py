@@ -79,7 +79,7 @@ def index(found: Mapping[str, Any]) -> dict[str, Any]:
     for row in found.get("recall_by_length", ()):
         value = round(row["scores"]["student"]["accuracy"], 4)
         data = {"type": "recall", "name": f"{row['task']} at {row['length']} tokens"}
-        results.append({"task": task, "dataset": data, "metrics": [{"type": "accuracy", "name": "Answer tokens", "value": value}]})
+        results.append({"task": task, "dataset": data, "metrics": [{"type": "accuracy", "name": "Of the answer", "value": value}]})
     for name, entry in found.get("tasks", {}).items():
         own = entry["metrics"].get("student", {})
         metrics = [{"type": key, "name": key, "value": round(x, 4)} for key, x in own.items() if not key.endswith("_stderr")]
@@ -101,7 +101,8 @@ def replaced(text: str, begin: str, end: str, new: str) -> str:
 def section(found: Mapping[str, Any]) -> str:
     """What was measured, in Markdown."""
     environment = found.get("environment", {})
-    made = f"{found['tokens']:,} tokens of {found['documents']} documents, {environment.get('written', '')[:10]}"
+    how = f"{environment.get('dtype', '')}, {environment.get('written', '')[:10]}"
+    made = f"{found['tokens']:,} tokens of {found['documents']} documents, {how}"
     lines = ["## Measured", "", f"On {Path(found['text']).name}, {made}; 95% intervals over documents in brackets.", ""]
     rows: list[Sequence[object]] = []
     for row in found["rows"]:
@@ -115,7 +116,7 @@ def section(found: Mapping[str, Any]) -> str:
         for row in recall:
             shares = (number(row["scores"][name]["accuracy"], 2) for name in names)
             rows.append((row["task"], f"{row['length']:,}", *shares, row["samples"]))
-        lines += ["Share of answer tokens recalled from at least three windows back:", ""]
+        lines += ["Share of the answer recalled from at least three windows back:", ""]
         lines += table(("task", "tokens", *names, "prompts"), rows)
     for name, entry in found.get("tasks", {}).items():
         told = "; ".join(f"{who} " + ", ".join(f"{k} {x:.3f}" for k, x in m.items()) for who, m in entry["metrics"].items())

@@ -43,6 +43,7 @@ class Evaluation:
     speed: dict[str, Any] = field(default_factory=dict)
     tasks: dict[str, Any] = field(default_factory=dict)
     documents: int = 0
+    text_hash: str = ""  # of the tokens that were read: rows of two evaluations are alike where it is the same
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -82,11 +83,15 @@ def window_alone(spec: MixerSpec, window: int = 0) -> MixerSpec:
     )  # fmt: skip
 
 
-def window_for(spec: MixerSpec, shape: Shape, budget: int) -> int:
-    """The sliding window whose state takes `budget` bytes a layer, for the sinks of `spec`."""
-    token = window_alone(spec, 2).state_bytes(shape) - window_alone(spec, 1).state_bytes(shape)
-    fixed = window_alone(spec, 1).state_bytes(shape) - token
-    return max((budget - fixed) // token, 1)
+def state_of(specs: Sequence[MixerSpec], shapes: Sequence[Shape], item: int) -> int:
+    """Bytes of one sequence's state over all converted layers, for activations of `item` bytes."""
+    return sum(spec.state_bytes(shape, item) for spec, shape in zip(specs, shapes, strict=True))
+
+
+def window_for(spec: MixerSpec, shapes: Sequence[Shape], budget: int, item: int) -> int:
+    """The sliding window, the same in all layers, whose states take `budget` bytes together, for the sinks of `spec`."""
+    one, two = (state_of([window_alone(spec, n)] * len(shapes), shapes, item) for n in (1, 2))
+    return max((budget - one) // (two - one) + 1, 1)
 
 
 def teacher_of(host: Any) -> Variant:
@@ -95,26 +100,29 @@ def teacher_of(host: Any) -> Variant:
 
 
 def variants_of(model: Any, host: Any) -> list[Variant]:
-    """Teacher first (where there is one), then the student, its halves, and the windows alone."""
+    """Teacher first (where there is one), then the student, its halves, and the windows alone.
+
+    Bytes of keys and values that are kept exact are those of the model's dtype.
+    """
     mixers = [attention.linearize for attention in attentions(model)]
-    shape, layers = mixers[0].shape, len(mixers)
-    spec = next((m.spec for m in mixers if m.spec.has_near), mixers[0].spec)  # in a hybrid, of a layer with a window
-    total = sum(m.spec.state_bytes(shape) for m in mixers)
+    specs, shapes, item = [m.spec for m in mixers], [m.shape for m in mixers], model.dtype.itemsize
+    spec = next((s for s in specs if s.has_near), specs[0])  # in a hybrid, of a layer with a window
+    total = state_of(specs, shapes, item)
     found = [teacher_of(host)] if host is not None else []
     found.append(Variant("student", model, state_bytes=total))
-    if spec.has_near and any(m.spec.has_far for m in mixers):
+    if spec.has_near and any(s.has_far for s in specs):
         found.append(Variant("student, far memory off", model, lambda: ablated(model, "far")))
         found.append(Variant("student, window off", model, lambda: ablated(model, "near")))
-    if any(m.spec.slots for m in mixers):
+    if any(s.slots for s in specs):
         found.append(Variant("student, slots off", model, lambda: ablated(model, "slots")))
     if host is not None:
-        for window in sorted({window_alone(spec).window, window_for(spec, shape, total // layers)}):
+        for window in sorted({window_alone(spec).window, window_for(spec, shapes, total, item)}):
             alone = window_alone(spec, 0 if window == window_alone(spec).window else window)
             name = f"window {alone.window} + {alone.sinks} sinks alone"
             context = (lambda bare: lambda: replaced(host, bare))(alone)
-            own = host is model and spec.has_far and all(m.spec.near_only() == alone and not m.spec.slots for m in mixers)
+            own = host is model and spec.has_far and all(s.near_only() == alone and not s.slots for s in specs)
             same_as = "student, far memory off" if own else None  # the weights are the teacher's until a merge
-            found.append(Variant(name, host, context, layers * alone.state_bytes(shape), same_as))
+            found.append(Variant(name, host, context, state_of([alone] * len(shapes), shapes, item), same_as))
     return found
 
 
@@ -128,11 +136,10 @@ def evaluate_model(
     sums = compare(variants, texts.rows, partial(progress, "evaluate"))
     table, positions = tabulate(variants, sums, texts, taught, parts.seed)
     chosen = {v.name: v for v in variants if v.name in ("teacher", "student")}
-    alone = [v for v in variants if v.name.endswith("alone")]
     window = max((a.linearize.spec.window for a in attentions(model)), default=0) or BASELINE_WINDOW
     recall, said, measured = [], list[dict[str, Any]](), dict[str, Any]()
     if parts.recall is not None:
-        asked = chosen | {v.name: v for v in alone[-1:]}
+        asked = {v.name: v for v in recalling(variants)}
         recall = retrieval(asked, tokenizer, docs, parts.recall, window, partial(progress, "recall"))
     if parts.samples:
         said, rates = side_by_side(list(chosen.values()), tokenizer, texts, partial(progress, "continue"))
@@ -144,9 +151,16 @@ def evaluate_model(
     layers = layer_errors(model, host, teacher, longest)
     return Evaluation(
         name, model.config.linearize["method"], source, sums[0].tokens, table, layers, positions, recall,
-        by_length(recall), said, measured, documents=len(set(texts.documents)), environment=environment(model, parts.seed),
+        by_length(recall), said, measured, documents=len(set(texts.documents)), text_hash=texts.hash(),
+        environment=environment(model, parts.seed),
         notes=[*notes, *few(texts), *remarks(table)],
     )  # fmt: skip
+
+
+def recalling(variants: Sequence[Variant]) -> list[Variant]:
+    """Those whose recall is asked for: teacher, student, without far memory, without slots, the window of the same bytes."""
+    names = ("teacher", "student", "student, far memory off", "student, slots off")
+    return [v for v in variants if v.name in names] + [v for v in variants if v.name.endswith("alone")][-1:]
 
 
 def tabulate(

@@ -14,7 +14,8 @@ from linearize.evaluation.intervals import Interval, bounds
 from linearize.evaluation.reading import CHUNK, Context, Reader, Variant
 from linearize.text import Packed
 
-POSITION_BLOCK = 256  # tokens whose distributions are held at a time, and the width of a bin of positions
+POSITION_BLOCK = 256  # the width of a bin of positions
+ROWS = 16  # tokens whose distributions are held at a time: a few megabytes, which caches keep
 LOSS, DIVERGENCE, AGREE, TOKENS = range(4)
 
 
@@ -83,13 +84,12 @@ def compare(variants: list[Variant], rows: Packed | Sequence[Packed], report: Ca
             reference: Tensor | None = None
             for i in measured:
                 if readers:
-                    logits = readers[i](row.ids[:, start:stop])
+                    logits = readers[i](row.ids[:, start:stop])[0]
                 else:
                     logits = logits_of(variants[i], row.ids, row.positions)
                 targets, positions = row.ids[0, start + 1 : stop + 1], row.positions[0, start + 1 : stop + 1]
-                own = log_probabilities(logits[: len(targets)])
-                reference = own if reference is None else reference
-                _add(sums[i].rows[-1], own, reference, targets.to(own.device), positions.to(own.device))
+                reference = logits if reference is None else reference
+                _add(sums[i].rows[-1], logits, reference, targets.to(logits.device), positions)
                 done += 1
                 report(done, total)
     names = [v.name for v in variants]
@@ -119,23 +119,26 @@ def logits_of(variant: Variant, ids: Tensor, positions: Tensor) -> Tensor:
     return out.logits[0]  # type: ignore[no-any-return]
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax (T, vocabulary) in fp32, a block at a time."""
-    return torch.cat([block.float().log_softmax(-1) for block in logits.split(POSITION_BLOCK)]) if len(logits) else logits.float()
-
-
 def _add(sums: Tensor, own: Tensor, reference: Tensor, targets: Tensor, positions: Tensor) -> None:
-    """Add the tokens of a chunk to the bins (bins, 4) of their positions; a document's first token is told from nothing."""
-    for start in range(0, len(targets), POSITION_BLOCK):
-        block = slice(start, start + POSITION_BLOCK)
-        mine, other = own[block], reference[block]
-        same = mine.data_ptr() == other.data_ptr()
-        divergence = mine.new_zeros(len(mine)) if same else (other.exp() * (other - mine)).sum(-1)
-        agree = mine.argmax(-1) == other.argmax(-1)
-        columns = (-mine.gather(1, targets[block, None])[:, 0], divergence, agree, torch.ones_like(divergence))
-        counted = positions[block] > 0
-        found = torch.stack([c.double() for c in columns], -1)[counted].cpu()
-        sums.index_add_(0, (positions[block][counted] // POSITION_BLOCK).cpu(), found)
+    """Add the tokens of a chunk, of logits (T, V), to the bins (bins, 4) of their positions.
+
+    A document's first token is told from nothing and does not count.
+    """
+    found = []
+    for start in range(0, len(targets), ROWS):
+        block = slice(start, min(start + ROWS, len(targets)))
+        mine = own[block].float().log_softmax(-1)
+        loss, first = -mine.gather(1, targets[block, None])[:, 0], mine.argmax(-1)
+        if own is reference:
+            divergence, agree = torch.zeros_like(loss), torch.ones_like(loss)
+        else:
+            other = reference[block].float().log_softmax(-1)
+            agree = first == other.argmax(-1)
+            divergence = -mine.sub_(other).mul_(other.exp_()).sum(-1)
+        found.append(torch.stack([loss.double(), divergence.double(), agree.double(), torch.ones_like(loss).double()], -1))
+    counted = positions > 0
+    if found:
+        sums.index_add_(0, positions[counted] // POSITION_BLOCK, torch.cat(found).cpu()[counted])
 
 
 def figures(cells: Tensor, first: Tensor | None, weights: Tensor) -> dict[str, Any]:

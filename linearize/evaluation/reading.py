@@ -27,7 +27,7 @@ class Variant:
 
 
 class Reader:
-    """Call it with the next tokens of one text (1, n); it returns their logits (n, vocabulary), or the last `keep` of them."""
+    """Call it with the next tokens of texts as long as each other (B, n): their logits (B, n, vocabulary), or the last `keep`."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
@@ -38,34 +38,43 @@ class Reader:
 
     def __call__(self, ids: Tensor, keep: int = 0) -> Tensor:
         seen = self.cache.get_seq_length()
-        positions = torch.arange(seen, seen + ids.shape[1], device=self.device)[None]
+        positions = torch.arange(seen, seen + ids.shape[1], device=self.device).expand(ids.shape)
         with torch.no_grad(), self.variant.context():
             out = self.model(
                 input_ids=ids.to(self.device), position_ids=positions, past_key_values=self.cache, use_cache=True,
                 logits_to_keep=keep,
             )  # fmt: skip
-        return out.logits[0]  # type: ignore[no-any-return]
+        return out.logits  # type: ignore[no-any-return]
 
-    def feed(self, ids: Tensor, chunk: int = CHUNK) -> None:
-        """Take in the next tokens of the text (1, n), a chunk at a time."""
+    def feed(self, ids: Tensor, chunk: int = CHUNK) -> Tensor:
+        """Take in the next tokens of the texts (B, n), a chunk at a time: the logits (B, 1, vocabulary) after the last."""
         for start in range(0, ids.shape[1], chunk):
-            self(ids[:, start : start + chunk], keep=1)
+            logits = self(ids[:, start : start + chunk], keep=1)
+        return logits
 
-    def read(self, ids: Tensor, keep: int = 1) -> Tensor:
-        """Logits (keep, vocabulary) after all of a text (1, T), the last `keep` tokens of it in one call."""
-        self.feed(ids[:, :-keep])
-        return self(ids[:, -keep:])
+    def read(self, ids: Tensor) -> Tensor:
+        """The likeliest token (B,) after all of the texts (B, T)."""
+        return self.feed(ids)[:, -1].argmax(-1).cpu()
 
-    def greedy(self, ids: Tensor, tokens: int, end: int | None = None) -> list[int]:
-        """The likeliest continuation of a text (1, T), a token at a time, until `end`."""
-        found: list[int] = []
-        logits = self.read(ids)
-        while len(found) < tokens:
-            found.append(int(logits[-1].argmax()))
-            if found[-1] == end:
-                break
-            logits = self(torch.tensor([[found[-1]]]))
-        return found
+    def greedy(self, ids: Tensor, tokens: int, end: int | None = None) -> list[list[int]]:
+        """The likeliest continuation of each text (B, T), a token at a time, up to its `end`."""
+        told = [self.read(ids)]
+        while len(told) < tokens and not all(end in row for row in torch.stack(told, 1).tolist()):
+            told.append(self.read(told[-1][:, None]))
+        rows: list[list[int]] = torch.stack(told, 1).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+    def filled(self, ids: Tensor, open_: Tensor) -> Tensor:
+        """The likeliest token (B, n) at each of the last n places of texts (B, T), where it stands itself if `open_` (B, n).
+
+        As in a form: what is not open is given, what is open follows from what the model wrote there before.
+        """
+        count = open_.shape[1]
+        start, given = ids.shape[1] - count, ids[:, -count:]
+        told = [self.read(ids[:, :start])]
+        for i in range(count - 1):
+            told.append(self.read(torch.where(open_[:, i], told[-1], given[:, i])[:, None]))
+        return torch.stack(told, 1)
 
     def nbytes(self) -> int:
         """Bytes that the cache holds: states, and keys and values where there are any."""

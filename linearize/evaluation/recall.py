@@ -21,16 +21,21 @@ FILLERS = (
 )
 HEAD = "There is something hidden inside a lot of text. Find it and remember it.\n"
 Report = Callable[[int, int], None]
+SIDE_BY_SIDE, TOKENS_AT_ONCE = 8, 16_384  # prompts that are read together, and how much text at most
 WINDOWS = 3  # how far away what is hidden must be, in windows of the student
 TASKS = ("pass-key", "s-niah-1", "s-niah-2", "s-niah-3", "multi-key", "variable-tracking", "mqar", "chain", "copying")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text of exactly so many tokens, which of its last ones are to be told, and where what is asked for ends."""
+    """A text of exactly so many tokens, which of its last ones are to be told, and where what is asked for ends.
+
+    `counted` are those of the told tokens that hold a letter or digit: a space or comma is no recall.
+    """
 
     ids: Tokens
     told: list[bool]
+    counted: list[bool]
     end_of_hidden: int
 
 
@@ -79,16 +84,25 @@ def prompt(task: str, tokenizer: Any, essay: Sequence[int], length: int, depth: 
     places = sorted([last, *(w.draw.randint(0, last) for _ in hidden[1:])])
     text = head + hide(around[:room], hidden, places)
     after = room - last
-    return Prompt(text + end, told, len(text) - after)
+    counted = [t and any(map(str.isalnum, tokenizer.decode([token]))) for t, token in zip(told, end, strict=True)]
+    return Prompt(text + end, told, counted, len(text) - after)
 
 
-def score(variant: Variant, asked: Prompt) -> tuple[float, bool]:
-    """The share of the answer's tokens that are the model's first choice, each given the true ones before it; and if all are."""
-    ids = torch.tensor([asked.ids])
-    keep = len(asked.told) + 1
-    chosen = Reader(variant).read(ids, keep)[:-1].argmax(-1).cpu()
-    right = (chosen == ids[0, 1 - keep :])[torch.tensor(asked.told)]
-    return float(right.float().mean()), bool(right.all())
+def scores_of(variant: Variant, prompts: Sequence[Prompt]) -> list[float]:
+    """The share of each answer that the variant says, in its place, when it writes the likeliest token after the other.
+
+    Prompts are as long as each other, and read side by side; words that stand between answers are given.
+    """
+    ids = torch.tensor([one.ids for one in prompts])
+    count = max(len(one.told) - one.told.index(True) for one in prompts)
+    told, counted = (torch.tensor([last(getattr(p, name), count) for p in prompts]) for name in ("told", "counted"))
+    right = (Reader(variant).filled(ids, told) == ids[:, -count:]) & counted
+    return (right.sum(1) / counted.sum(1)).tolist()
+
+
+def last(mask: Sequence[bool], count: int) -> list[bool]:
+    """The mask of the last `count` tokens of a text, given that of fewer or more of them."""
+    return ([False] * count + list(mask))[-count:]
 
 
 def retrieval(
@@ -96,33 +110,39 @@ def retrieval(
 ) -> list[dict[str, Any]]:
     """A row for each task, length and depth: share of answer tokens and of whole answers, by variant, with 95% intervals.
 
-    Essays are `docs`. The interval takes every prompt for one trial. Rows that leave no three windows' room are left out.
+    Essays are `docs`. The interval takes every prompt for one trial, and `prompts` has the share of each, in the same order for
+    all variants. Rows that leave no three windows' room are left out.
     """
     essay = [token for doc in docs[:64] for token in tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"]][:100_000]
     rows: list[dict[str, Any]] = []
     done, total = 0, len(grid.tasks) * len(grid.lengths) * len(grid.depths) * grid.samples * len(variants)
     for task in grid.tasks:
         for length in grid.lengths:
+            asked: list[tuple[float, Prompt]] = []
             for depth in grid.depths:
                 seeds = [f"{grid.seed}-{i}" for i in range(grid.samples)]
                 made = [prompt(task, tokenizer, essay, length, depth, WINDOWS * window, seed) for seed in seeds]
-                asked = [x for x in made if x is not None]
-                row: dict[str, Any] = {"task": task, "length": length, "depth": depth, "samples": len(asked), "scores": {}}
+                asked += [(depth, one) for one in made if one is not None]
+            told: dict[str, list[float]] = {name: [] for name in variants}
+            side = max(min(SIDE_BY_SIDE, TOKENS_AT_ONCE // length), 1)
+            for start in range(0, len(asked), side):
+                some = [one for _, one in asked[start : start + side]]
                 for name, variant in variants.items():
-                    scores = []
-                    for one in asked:
-                        scores.append(score(variant, one))
-                        done += 1
-                        report(done, total)
-                    if scores:
-                        row["scores"][name] = summary(scores)
-                rows += [row] if asked else []
+                    told[name] += scores_of(variant, some)
+                    done += len(some)
+                    report(done, total)
+            for depth in grid.depths:
+                own = [i for i, (where, _) in enumerate(asked) if where == depth]
+                scores = {name: summary([shares[i] for i in own]) for name, shares in told.items() if own}
+                rows += [{"task": task, "length": length, "depth": depth, "samples": len(own), "scores": scores}] if own else []
     return rows
 
 
-def summary(scores: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    accuracy = sum(share for share, _ in scores) / len(scores)
-    return {"accuracy": accuracy, "interval": wilson(accuracy, len(scores)), "exact": sum(all_ for _, all_ in scores) / len(scores)}
+def summary(shares: Sequence[float]) -> dict[str, Any]:
+    """The mean share of an answer, and of answers that are whole, with intervals."""
+    accuracy, exact = sum(shares) / len(shares), sum(share == 1 for share in shares) / len(shares)
+    intervals = {"interval": wilson(accuracy, len(shares)), "exact_interval": wilson(exact, len(shares))}
+    return {"accuracy": accuracy, "exact": exact, **intervals, "prompts": list(shares)}
 
 
 def by_length(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -132,10 +152,7 @@ def by_length(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["task"], row["length"]), []).append(row)
     found = []
     for (task, length), own in groups.items():
-        count = sum(row["samples"] for row in own)
-        scores = {}
-        for name in own[0]["scores"]:
-            mean = {key: sum(r["scores"][name][key] * r["samples"] for r in own) / count for key in ("accuracy", "exact")}
-            scores[name] = {**mean, "interval": wilson(mean["accuracy"], count)}
-        found.append({"task": task, "length": length, "samples": count, "scores": scores})
+        names = list(own[0]["scores"])
+        scores = {name: summary([x for row in own for x in row["scores"][name]["prompts"]]) for name in names}
+        found.append({"task": task, "length": length, "samples": sum(row["samples"] for row in own), "scores": scores})
     return found

@@ -148,7 +148,7 @@ def recall(entries: Sequence[Entry]) -> Table:
                 low, high = (100 * x for x in score["interval"])
                 where = (named(entries, entry, row["task"]), who, f"{row['length']:,}", str(row["samples"]))
                 rows.append((*where, f"{100 * score['accuracy']:.1f}% [{low:.0f}, {high:.0f}]", f"{100 * score['exact']:.0f}%"))
-    return ("task", "model", "tokens", "prompts", "answer tokens", "whole answers"), rows
+    return ("task", "model", "tokens", "prompts", "of the answer", "whole answers"), rows
 
 
 def tasks(entries: Sequence[Entry]) -> Table | None:

@@ -24,16 +24,18 @@ def side_by_side(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Greedy continuations of the first tokens of up to three documents by each variant, and each one's mean repetition rate."""
     rows = dict(reversed(list(zip(texts.documents, texts.rows, strict=True))))
-    found: list[dict[str, Any]] = []
+    chosen = [row.ids[0] for row in list(rows.values())[-COUNT:][::-1]]
+    prompts = [ids[: min(PROMPT, max(len(ids) // 2, 1))] for ids in chosen]
+    found: list[dict[str, Any]] = [{"prompt": tokenizer.decode(ids.tolist()), "answers": {}} for ids in prompts]
     rates: dict[str, list[float]] = {v.name: [] for v in variants}
-    chosen = list(rows.values())[-COUNT:][::-1]
-    for row in chosen:
-        ids = row.ids[:, : min(PROMPT, max(row.ids.shape[1] // 2, 1))]
-        sample: dict[str, Any] = {"prompt": tokenizer.decode(ids[0].tolist()), "answers": {}}
-        for variant in variants:
-            said = Reader(variant).greedy(torch.as_tensor(ids), ANSWER, tokenizer.eos_token_id)
-            sample["answers"][variant.name] = tokenizer.decode(said)
-            rates[variant.name].append(repetition(said))
-            report(len(found) * len(variants) + len(sample["answers"]), len(chosen) * len(variants))
-        found.append(sample)
+    done = 0
+    for variant in variants:
+        for length in sorted({len(ids) for ids in prompts}):
+            own = [i for i, ids in enumerate(prompts) if len(ids) == length]
+            every = Reader(variant).greedy(torch.stack([prompts[i] for i in own]), ANSWER, tokenizer.eos_token_id)
+            for i, said in zip(own, every, strict=True):
+                found[i]["answers"][variant.name] = tokenizer.decode(said)
+                rates[variant.name].append(repetition(said))
+            done += len(own)
+            report(done, len(prompts) * len(variants))
     return found, {name: sum(x) / len(x) for name, x in rates.items() if x}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,13 @@ class Texts:
     @property
     def longest(self) -> int:
         return max(row.ids.shape[1] for row in self.rows)
+
+    def hash(self) -> str:
+        """A name for these tokens."""
+        found = hashlib.sha256()
+        for row in self.rows:
+            found.update(str(row.ids.tolist()).encode())
+        return found.hexdigest()[:16]
 
     def buckets(self) -> list[tuple[int, int]]:
         """Ranges of positions that these rows reach: 0 to 1,024, to 2,048, to 4,096, ..."""

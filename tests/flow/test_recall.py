@@ -13,7 +13,7 @@ from cli.tiny import TEXT, tokenizer
 
 from linearize.errors import UsageError
 from linearize.evaluation.reading import Variant
-from linearize.evaluation.recall import TASKS, Grid, Prompt, by_length, prompt, retrieval, score
+from linearize.evaluation.recall import TASKS, Grid, Prompt, by_length, prompt, retrieval, scores_of
 from linearize.evaluation.recall_forms import ASKED, FORMS, LEARNT, PEOPLE, Writer
 from linearize.evaluation.recall_rows import TASKS as TAUGHT
 from linearize.testing.models import tiny_llama
@@ -111,33 +111,42 @@ def test_too_short_a_text_is_left_out_and_an_unknown_task_refused() -> None:
 
 
 class Reciter(torch.nn.Module):
-    """Predicts what it is told, as a model would: the next token of the true text, wrong at some places."""
+    """Knows the texts by heart and says what comes next, wrong at some positions; after a token that is not the text's, 0."""
 
-    def __init__(self, text: list[int], wrong: set[int]) -> None:
+    def __init__(self, texts: list[list[int]], wrong: set[int]) -> None:
         super().__init__()
-        self.text, self.wrong = text, wrong
+        self.texts, self.wrong, self.calls = texts, wrong, 0
         self.config = tiny_llama().config
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids: Any, position_ids: Any, past_key_values: Any, logits_to_keep: int, **_: Any) -> Any:
-        logits = torch.zeros(1, input_ids.shape[1], 400)
-        for i, position in enumerate(position_ids[0].tolist()):
-            following = self.text[position + 1] if position + 1 < len(self.text) else 0
-            logits[0, i, 399 if position + 1 in self.wrong else following] = 1
-        x = torch.zeros(1, 2, input_ids.shape[1], 8)
-        past_key_values.update(x, x, 0)
-        return type("Out", (), {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits})
+    def forward(self, input_ids: Any, position_ids: Any, past_key_values: Any, **_: Any) -> Any:
+        self.calls += 1
+        logits = torch.zeros(len(input_ids), 1, 400)
+        for row, text in enumerate(self.texts):
+            position, token = int(position_ids[row, -1]), int(input_ids[row, -1])
+            known = token == text[position] and position + 1 not in self.wrong
+            logits[row, 0, text[position + 1] if known and position + 1 < len(text) else 0] = 1
+        past_key_values.update(torch.zeros(1, 2, input_ids.shape[1], 8), torch.zeros(1, 2, input_ids.shape[1], 8), 0)
+        return type("Out", (), {"logits": logits})
 
 
 def test_a_score_counts_the_answer_and_nothing_else() -> None:
-    one = made("mqar")
-    end = len(one.ids) - len(one.told)
-    answer = [end + i for i, told in enumerate(one.told) if told]
-    other = {end + i for i, told in enumerate(one.told) if not told}
-    perfect = Reciter(one.ids, other | {3, end - 1})
-    assert score(Variant("", perfect, nullcontext), one) == (1.0, True)
-    spoiled = Reciter(one.ids, {answer[0], answer[-1]})
-    assert score(Variant("", spoiled, nullcontext), one) == (pytest.approx(1 - 2 / len(answer)), False)
+    """Of several prompts side by side: what is given is not counted, nor is a space; a word that went wrong spoils what follows."""
+    prompts = [made("mqar", seed=seed) for seed in "01"]
+    texts = [one.ids for one in prompts]
+    ends = [len(one.ids) - len(one.told) for one in prompts]
+    told = [[end + i for i, t in enumerate(one.told) if t] for end, one in zip(ends, prompts, strict=True)]
+    counted = [[end + i for i, t in enumerate(one.counted) if t] for end, one in zip(ends, prompts, strict=True)]
+    assert [set(inner) < set(outer) for inner, outer in zip(counted, told, strict=True)] == [True, True]
+    assert all(any(map(str.isdigit, said([text[i]]))) for text, where in zip(texts, counted, strict=True) for i in where)
+    given = set(range(min(ends), 1500)) - set(told[0]) - set(told[1])
+    reciter = Reciter(texts, given | {3, min(ends) - 1})
+    assert scores_of(Variant("", reciter, nullcontext), prompts) == [1.0, 1.0]
+    assert reciter.calls == 2 + max(len(one.told) - one.told.index(True) for one in prompts) - 1  # one reading, then a token each
+    last_answer = max(i for i in told[0] if i - 1 not in told[0])
+    last_word = [i for i in counted[0] if i >= last_answer]
+    spoiled = Reciter(texts[:1], {last_word[0]})  # the first digit of the last answer: the others follow from it
+    assert scores_of(Variant("", spoiled, nullcontext), prompts[:1]) == [pytest.approx(1 - len(last_word) / len(counted[0]))]
 
 
 def test_the_grid_of_a_model_that_knows_nothing() -> None:
