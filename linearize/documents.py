@@ -10,7 +10,7 @@ from typing import Any
 
 from linearize.errors import InputError, ResourceError
 
-BUILTIN = "builtin"
+BUILTIN, TEACHER = "builtin", "teacher"
 PARQUET, LINES = ".parquet", ".jsonl"
 SUFFIXES = {".txt", ".md", ".rst", ".py", LINES, PARQUET}
 EXTRA = "pip install 'linearize[data]'"
@@ -34,6 +34,11 @@ def chat_of(tokenizer: Any) -> Chat:
     return chat
 
 
+def is_teacher(source: str) -> bool:
+    """Whether a source is text that is yet to be sampled: `teacher`, or so many tokens of it, as in teacher:500k."""
+    return source.partition(":")[0] == TEACHER
+
+
 def documents(source: str, chat: Chat = plain_chat) -> list[str]:
     """Documents of 'builtin' (the Python manual's topics, with every Python), a file, folder or glob, or a hub data set.
 
@@ -44,6 +49,9 @@ def documents(source: str, chat: Chat = plain_chat) -> list[str]:
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
+    if is_teacher(source):
+        fix = "distill keeps what it sampled in OUTPUT.teacher, which serves as any folder does"
+        raise InputError("only distill samples the teacher's text", source, fix)
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

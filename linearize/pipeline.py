@@ -222,7 +222,7 @@ def _teach(model: Any, tokenizer: Any, output: Path, end: float, overwrite: bool
         stages.append(_with_tokens(logits, int(left / LORA_STEP_COST) * SEQUENCE))
     run = output.with_name(f"{output.name}.run")
     facts = {"data": BUILTIN, "seed": 0, "sequence": SEQUENCE, "batch": 1, "processes": 1}
-    begin_run(accelerator, run, resume=False, overwrite=True)
+    begin_run(accelerator, run, resume=False)
     try:
         trained = train_stages(accelerator, model, stages, lambda stage: rows, run, facts, progress=progress)
     except Interrupted as stop:

@@ -17,6 +17,7 @@ from linearize.errors import UsageError
 EXAMPLES = """\
 linearize distill smollm2-default
 linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
+linearize distill smollm2-default --data teacher --data notes.txt
 linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets=q,v
 linearize distill smollm2-default --resume auto
 linearize distill smollm2-default --num-processes 2"""
@@ -25,7 +26,8 @@ LEARN = "What it learns from"
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder, a hub data set, or builtin; may be repeated.",
+        metavar="SOURCE",
+        help="A .txt, .jsonl or .parquet file, a folder, a hub data set, builtin, or teacher (sampled from it); may be repeated.",
         rich_help_panel=LEARN, show_default="builtin",
     ),
 ]  # fmt: skip
@@ -198,6 +200,8 @@ def distill(
     found = made.to_dict()
     show.stages(console, found["stages"])
     console.say(f"\nsaved    {made.path}")
+    if made.sampled is not None:
+        console.say(f"text     {made.sampled}, which --data takes too")
     verbs = ("eval", "chat") if made.causal else ("inspect",)
     console.say("next     " + "\n         ".join(f"linearize {verb} {made.path}" for verb in verbs))
     console.data(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,17 @@ from linearize import text
 from linearize.checkpoint import check_target
 from linearize.conversion.saving import save
 from linearize.distillation import lora, sharding
+from linearize.distillation.data import Rows, training_documents
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.losses import check_losses
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, learnt_parameters, lora_parameters, mixer_parameters
-from linearize.distillation.state import latest_state
+from linearize.distillation.state import check_same, latest_state
 from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
 from linearize.distillation.streaming_model import Skeleton
-from linearize.documents import Chat, chat_of, documents
+from linearize.distillation.teacher_text import teacher_documents, wanted_tokens
+from linearize.documents import TEACHER, chat_of
 from linearize.errors import InputError, UnsupportedError, UsageError
-from linearize.evaluation.recall_rows import mixed
 from linearize.loading import ADAPTER, check_adapter_apart
 from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, Stage
 from linearize.modeling.spec import is_causal
@@ -43,15 +44,20 @@ RowsOf = Callable[[Stage], text.Packed]
 
 @dataclass(frozen=True)
 class Distilled:
-    """The checkpoint written, and what each stage trained, on how many tokens, from which loss to which."""
+    """The checkpoint written, and what each stage trained, on how many tokens, from which loss to which.
+
+    `sampled` is the folder of the text that the teacher gave, where it was asked for some.
+    """
 
     path: Path
     stages: list[dict[str, Any]]
     is_main: bool = True
     causal: bool = True
+    sampled: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"path": str(self.path), "stages": self.stages}
+        found = {"path": str(self.path), "stages": self.stages}
+        return found if self.sampled is None else {**found, "sampled": str(self.sampled)}
 
 
 def distill(
@@ -84,9 +90,10 @@ def distill(
     """Train the mixers (stage attention), then LoRA (lora, long), and write the checkpoint to `output`.
 
     What is learnt from what is the `recipe` (as `recipe.read` gives it), with `sets` such as stages.lora.rank=4 over it; without
-    one it is the method's own. Over both go `data` (one source or several), the share `recall` of synthetic rows in which
-    something is hidden and asked for at the end (a decoder's task), the percentage `held_out` of documents that stay unseen,
-    the budget `tokens` of each stage, the kind of `stage`, and `batch` rows of `sequence` tokens a step and process.
+    one it is the method's own. Over both go `data` (one source or several; `teacher` is text that the teacher is sampled for,
+    kept in `output`.teacher), the share `recall` of synthetic rows in which something is hidden and asked for at the end (a
+    decoder's task), the percentage `held_out` of documents that stay unseen, the budget `tokens` of each stage, the kind of
+    `stage`, and `batch` rows of `sequence` tokens a step and process.
     The state is saved every `save_every` steps (default: every five minutes), the last `keep` of them stay until the end;
     `resume` goes on from the last one where there is one. Without `merge` the adapter stays apart, in `output`/adapter.
     `streaming` runs stage attention a few layers at a time, for a model that does not fit in memory.
@@ -104,6 +111,9 @@ def distill(
     check_losses(chosen, plan["layers"])
     if made.recall:
         need_decoder(plan, str(directory), "recall rows are")
+    sampled, said = wanted_tokens(made.data, chosen), None
+    if sampled:
+        need_decoder(plan, str(directory), "--data teacher is")
     target = output or directory.with_name(f"{directory.resolve().name}-distilled")
     check_target(target, overwrite, directory.resolve())
     check_adapter_apart(directory)
@@ -115,19 +125,26 @@ def distill(
     spread: dict[str, Any] = {"shard": shard, "precision": precision, "gradient_checkpointing": gradient_checkpointing}
     skeleton = None
     if streaming is not None:
-        check_streaming(chosen, accelerator.num_processes, spread)
+        check_streaming(chosen, accelerator.num_processes, {**spread, "data teacher": sampled})
         skeleton = Skeleton(directory, accelerator.device, target.with_name(f"{target.name}.weights"))
     model = skeleton.model if skeleton else sharding.opened(directory, accelerator.device, accelerator.num_processes, **spread)
-    for chosen_stage in chosen:
-        rows(chosen_stage)
-    check_begun(run, streaming, resume, overwrite)
-    begin_run(accelerator, run, resume, overwrite)
     facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
     facts |= {"held_out": made.held_out, "processes": accelerator.num_processes, "shard": shard, "precision": precision}
+    teller = progress if accelerator.is_main_process else silent
+    check_begun(run, streaming, resume, overwrite)
+    check_run(run, resume, overwrite, facts)
+    if sampled:
+        said = target.with_name(f"{target.name}.{TEACHER}")
+        length = max(rows.length(one) for one in chosen) - 1  # and the token that ends it
+        rows.add(teacher_documents(
+            accelerator, model, tokenizer, directory, said, tokens=sampled, length=length, seed=made.seed, progress=teller
+        ))  # fmt: skip
+    for chosen_stage in chosen:
+        rows(chosen_stage)
+    begin_run(accelerator, run, resume)
     if report_to:
         shown = {key: x for key, x in facts.items() if isinstance(x, str | int | float)}
         accelerator.init_trackers(target.name, {"method": plan["method"], **shown})
-    teller = progress if accelerator.is_main_process else silent
     how: Any = {"batch": made.batch, "seed": made.seed, "resume": resume, "saving": Saving(save_every, keep), "progress": teller}
     if skeleton is not None and streaming is not None:
         found = stream_stage(accelerator, skeleton, chosen[0], rows(chosen[0]), run, facts, streaming=streaming, **how)
@@ -140,36 +157,7 @@ def distill(
         skeleton.close()
     if report_to:
         accelerator.end_training()
-    return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan))
-
-
-def training_documents(sources: Sequence[str], chat: Chat, held_out: int = text.HELD_OUT_PERCENT) -> list[str]:
-    """The training side of every source's own split, so that what is held out of one stays so beside others."""
-    return [document for source in sources for document in text.split(documents(source, chat), held_out)[0]]
-
-
-@dataclass
-class Rows:
-    """The rows that a stage learns from, by their length."""
-
-    recipe: Recipe
-    plan: Mapping[str, Any]
-    tokenizer: Any
-    encoded: list[list[int]]
-    made: dict[int, text.Packed] = field(default_factory=dict)
-
-    def __call__(self, stage: Stage) -> text.Packed:
-        length = stage.sequence or self.recipe.sequence
-        length = min(length, self.plan.get("max_positions") or length)
-        if length not in self.made:
-            causal = is_causal(self.plan)
-            rows = text.pack(self.encoded, length) if causal else text.framed(self.tokenizer, self.encoded, length)
-            self.made[length] = mixed(rows, self.recipe.recall, self.tokenizer, self.encoded, self.recipe.seed)
-        return self.made[length]
-
-    @property
-    def mask_token(self) -> int | None:
-        return None if is_causal(self.plan) else self.tokenizer.mask_token_id
+    return Distilled(target, found.stages, accelerator.is_main_process, is_causal(plan), said)
 
 
 @dataclass
@@ -213,11 +201,18 @@ def check_encoder(config: Mapping[str, Any], stages: list[Stage], mask_token: in
         raise UnsupportedError("stage lora hides tokens, and this tokenizer has no mask token", where, "--stage attention")
 
 
-def begin_run(accelerator: Accelerator, run: Path, resume: bool, overwrite: bool = False) -> None:
-    """The folder that holds a run's state and metrics until its checkpoint is written. InputError if one would be lost."""
-    if not (resume or overwrite) and (saved := latest_state(run)) is not None:
-        facts, fix = saved[0], "--resume auto goes on with it; --overwrite begins anew"
-        raise InputError(f"a run was interrupted here (stage {facts['stage'] + 1}, step {facts['step']})", str(run), fix)
+def check_run(run: Path, resume: bool, overwrite: bool, facts: Mapping[str, Any]) -> None:
+    """InputError if a run that was interrupted would be lost, or would not go on as it began."""
+    saved = latest_state(run)
+    if saved is not None and resume:
+        check_same(saved[0], facts)
+    elif saved is not None and not overwrite:
+        begun, fix = saved[0], "--resume auto goes on with it; --overwrite begins anew"
+        raise InputError(f"a run was interrupted here (stage {begun['stage'] + 1}, step {begun['step']})", str(run), fix)
+
+
+def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
+    """The folder that holds a run's state and metrics until its checkpoint is written."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not resume:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def latest_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str
     return None
 
 
-def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """InputError if a resumed run would not go on as it began."""
     for key, value in now.items():
         if saved.get(key) != value:
