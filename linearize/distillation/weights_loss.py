@@ -1,4 +1,4 @@
-"""Cross-entropy of the teacher's attention weights and a linear mixer's, in blocks of queries that are gone when the next begins."""
+"""Cross-entropy of the teacher's attention weights and a linear mixer's, in blocks of queries, one at a time."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def cross_entropy(
 ) -> Tensor:
     """-sum_ti A_ti log (s_ti / sum_j s_tj) over all queries, with A the teacher's weights and s_ti = phi_q_t . phi_k_i.
 
-    phi_q (B, M, R, T, K), phi_k (B, M, T, K), q (B, H, T, D) and k (B, G, T, D) in the dtype of phi; the keys of a query are those up
-    to it where `causal`, and of its own document where `segments` (B, T) numbers them.
+    phi_q (B, M, R, T, K), phi_k (B, M, T, K), q (B, H, T, D) and k (B, G, T, D) in the dtype of phi; the keys of a query are those
+    up to it where `causal`, and of its own document where `segments` (B, T) numbers them.
     """
     arguments = (phi_q, phi_k, q, k, score, segments, causal)
     found: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -199,7 +199,7 @@ def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, score: Scores) -> Tens
 
 
 def relative_weights(q: Tensor, k: Tensor, score: Scores, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """e^(s - top) (B, H, n, S) of queries (B, H, n, D) on keys (B, G, S, D), and the largest score `top` (B, H, n, 1) of each query.
+    """e^(s - top) (B, H, n, S) of queries (B, H, n, D) on keys (B, G, S, D), and the largest score `top` (B, H, n, 1) of each.
 
     `visible` (..., n, l) is 1 where a query sees one of the last l keys, else 0; earlier keys are seen by all.
     """

@@ -14,6 +14,7 @@ from linearize.conversion.convert import convert
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.sources import Source
 from linearize.errors import InputError
+from linearize.methods.layout import check_options
 
 
 @pytest.fixture
@@ -67,3 +68,19 @@ def test_a_model_whose_layers_all_slide_is_converted_whole() -> None:
         1,
         2,
     ]
+
+
+def test_options_of_single_layers() -> None:
+    options = {"window": 8, "slots@1-2,5": 4, "window@5": 16}
+    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 300}
+    parts = plan_for(Source("x", "x", "memory", None, shape), "default", None, options, "calibrated").parts
+    assert [parts[i].mixer.window for i in range(6)] == [8, 8, 8, 8, 8, 16]
+    assert [parts[i].mixer.slots for i in range(6)] == [0, 4, 4, 0, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("option", "what"), [("slots@x", "cannot read the layers of 'slots@x'"), ("slotz@1", "unknown option 'slotz'")]
+)
+def test_bad_options_of_single_layers(option: str, what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        check_options("default", {option: 4})

@@ -1,0 +1,96 @@
+"""The learnt slot score: what it is fitted to, that the fit is the least squares one, and that a conversion makes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.tiny import TEXT, write_model
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from linearize.conversion.convert import calibration_ids, convert
+from linearize.conversion.plan import make_plan
+from linearize.conversion.streaming import CALIBRATION_ROWS, SCORE_ROWS
+from linearize.loading import load
+from linearize.methods.calibration import Calibration
+from linearize.methods.slot_fit import RIDGE, attention_inside_and_beyond, fit_slot_score
+from linearize.modeling.slot_scores import log_attention
+from linearize.modeling.spec import MixerSpec
+from linearize.testing.models import random_inputs, random_mixer, tiny_shape
+
+SPEC = MixerSpec(merge="near", feature_map="identity", share_kv=True, window=4, sinks=2, slots=3, slot_score="learned")
+TIME = 40
+
+
+def calibration(rows: int = 3) -> Calibration:
+    inputs = random_inputs(tiny_shape(), TIME, rows)
+    return Calibration(inputs, torch.zeros(rows, TIME, 4, 8, dtype=torch.float64))
+
+
+def by_loops(given: Calibration, row: int, head: int, token: int) -> tuple[float, float]:
+    """Of one token: the most attention that a query of its kv head gives it inside the window, and beyond."""
+    q, k = given.inputs.q[row], given.inputs.k[row]
+    inside = beyond = 0.0
+    for reader in (2 * head, 2 * head + 1):
+        for t in range(token, TIME):
+            scores = given.inputs.score(q[reader, t : t + 1], k[head, : t + 1])[0].exp()
+            if t - token >= SPEC.window:
+                beyond = max(beyond, float(scores[token] / scores.sum()))
+            elif t - token > SPEC.window // 8:
+                exact = scores[: SPEC.sinks].sum() + scores[max(t - SPEC.window + 1, SPEC.sinks) :].sum()
+                inside = max(inside, float(scores[token] / exact))
+    return inside, beyond
+
+
+def test_attention_inside_and_beyond_the_window() -> None:
+    given = calibration()
+    inside, beyond = attention_inside_and_beyond(random_mixer(SPEC), given)
+    for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1)):
+        expected = by_loops(given, row, head, token)
+        assert (float(inside[row, head, token]), float(beyond[row, head, token])) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_fit_is_the_least_squares_one() -> None:
+    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration()
+    fit_slot_score(mixer, given)
+    got, wanted = attention_inside_and_beyond(mixer, given)
+    counted = slice(SPEC.sinks, TIME - 2 * SPEC.window)
+    assert given.inputs.hidden is not None
+    hidden = given.inputs.hidden[:, counted].flatten(0, 1).double()
+    for head in range(2):
+        own = log_attention(got[:, head, counted].flatten()).double()
+        columns = torch.cat([hidden, torch.ones_like(hidden[:, :1]), own], 1)
+        target = log_attention(wanted[:, head, counted].flatten())[:, :1].double()
+        size = (RIDGE * columns.square().sum(0).mean()).sqrt() * torch.eye(columns.shape[1], dtype=columns.dtype)
+        least = torch.linalg.lstsq(
+            torch.cat([columns, size]), torch.cat([target, torch.zeros(len(size), 1, dtype=size.dtype)])
+        ).solution
+        learned: Any = mixer.slot_score
+        fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
+        assert torch.allclose(fitted, least[:, 0], atol=1e-3)
+
+
+def test_short_rows_leave_the_score_as_it_is() -> None:
+    mixer = random_mixer(SPEC, dtype=torch.float32)
+    before: Tensor = mixer.slot_score.up.clone()  # type: ignore[union-attr]
+    inputs = random_inputs(tiny_shape(), 8, 1, torch.float32)
+    fit_slot_score(mixer, Calibration(inputs, torch.zeros(1, 8, 4, 8)))
+    assert torch.equal(mixer.slot_score.up, before)  # type: ignore[union-attr]
+
+
+def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "tiny")
+    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
+    options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned", "kv_dtype": "int8"}
+    plan = make_plan(str(source), options=options)
+    ids = calibration_ids(AutoTokenizer.from_pretrained(source), tmp_path / "book.txt", plan)
+    assert CALIBRATION_ROWS < len(ids) <= CALIBRATION_ROWS + SCORE_ROWS
+    convert(str(source), options=options, calibration=tmp_path / "book.txt", output=tmp_path / "out")
+    model, _ = load(tmp_path / "out")
+    for layer in model.model.layers:
+        assert layer.self_attn.linearize.slot_score.up.abs().sum() > 0
+    assert plan.mixers == {replace(layer.self_attn.linearize.spec) for layer in model.model.layers}
