@@ -66,9 +66,8 @@ def test_the_fit_is_the_least_squares_one() -> None:
         columns = torch.cat([hidden, torch.ones_like(hidden[:, :1]), own], 1)
         target = log_attention(wanted[:, head, counted].flatten())[:, :1].double()
         size = (RIDGE * columns.square().sum(0).mean()).sqrt() * torch.eye(columns.shape[1], dtype=columns.dtype)
-        least = torch.linalg.lstsq(
-            torch.cat([columns, size]), torch.cat([target, torch.zeros(len(size), 1, dtype=size.dtype)])
-        ).solution
+        left, right = torch.cat([columns, size]), torch.cat([target, target.new_zeros(len(size), 1)])
+        least = torch.linalg.lstsq(left, right).solution
         learned: Any = mixer.slot_score
         fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
         assert torch.allclose(fitted, least[:, 0], atol=1e-3)
