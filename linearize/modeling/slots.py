@@ -54,6 +54,10 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     everything["score"] = score
     there = score > EMPTY
     age = torch.arange(size + new, device=device)
+    if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
+        lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
+        last = there & (age != lost)
+        return Admission(everything, last[..., None, :], _kept(everything, last, size), lost, there.gather(2, lost)[:, 0])
     better = (score[..., :, None] > score[..., None, :]) | (
         (score[..., :, None] == score[..., None, :]) & (age[:, None] < age)
     )  # (B, G, i, j): i keeps its place against j
@@ -66,13 +70,17 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     was = was | (torch.arange(size, size + new, device=device)[:, None] == age) & there[..., None, :]
     pushed = was & ~member
     out = pushed.any(-1)[:, 0]  # every kv head has seen as many tokens
-    last = member[..., -1, :]
+    return Admission(everything, member, _kept(everything, member[..., -1, :], size), pushed.to(torch.uint8).argmax(-1), out)
+
+
+def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
+    """Slots of the candidates that stay, `last` (B, G, m + n), in order of age; then empty ones."""
     order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
     filled = pick(last, order)
     kept = {name: pick(x, order) for name, x in everything.items() if name != "score"}
     after = {name: x * _spread(filled, x) for name, x in kept.items()}
-    after["score"] = pick(score, order).masked_fill(~filled, EMPTY)
-    return Admission(everything, member, after, pushed.to(torch.uint8).argmax(-1), out)
+    after["score"] = pick(everything["score"], order).masked_fill(~filled, EMPTY)
+    return after
 
 
 def _spread(filled: Tensor, like: Tensor) -> Tensor:
