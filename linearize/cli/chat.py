@@ -26,6 +26,9 @@ def chat(
     top_p: flags.TopP = 1.0,
     seed: flags.SampleSeed = 0,
     device: flags.Device = "auto",
+    dtype: flags.DtypeFlag = flags.Dtype.auto,
+    int8: flags.Int8 = False,
+    compiled: flags.Compile = False,
 ) -> None:
     """Talk with a checkpoint, in constant memory.
 
@@ -33,8 +36,10 @@ def chat(
     is a message and only the answers are printed.
     """
     from linearize.cli.talk import Talk
-    from linearize.serving.session import Session, Settings
+    from linearize.serving.session import Run, Session, Settings
 
     console = Console()
     settings = Settings(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    Talk(Session(directory, system=system, device=device), settings, console, sys.stdin.isatty()).run()
+    with console.progress() as report:
+        session = Session(directory, system=system, run=Run(device, dtype.value, int8, compiled), report=report)
+    Talk(session, settings, console, sys.stdin.isatty()).run()

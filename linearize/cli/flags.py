@@ -140,6 +140,11 @@ Calibration = Annotated[
 ]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Storage of the weights; auto keeps the model's.", rich_help_panel=HOW)]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)]
+Int8 = Annotated[bool, typer.Option("--int8", help="Weights in 8 bits (CPU): fewer bytes to read a token.", rich_help_panel=HOW)]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile one token's step (CPU): minutes once, then kept on disk.", rich_help_panel=HOW),
+]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of everything random.", rich_help_panel=HOW)]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.", rich_help_panel=HOW, show_default="main")

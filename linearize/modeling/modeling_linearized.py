@@ -68,6 +68,7 @@ class LinearizedModelMixin:
     """What every converted model does otherwise than its base class."""
 
     linearize_mode = "student"
+    linearize_step: Any = None  # serving may answer calls of one token otherwise
     linearize_swapped: list[LinearizedAttention]
     is_linearized_model = True
     _is_stateful = False
@@ -147,6 +148,12 @@ class LinearizedDecoderMixin(LinearizedModelMixin):
         if self.linearize_mode != "teacher":
             call |= self._own(tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs.get("cu_seq_lens_q"))
         with products(self.get_input_embeddings().weight, tokens):  # type: ignore[attr-defined]
+            step = self.linearize_step if self.linearize_mode == "student" else None
+            if step is not None:
+                cache = call["past_key_values"]
+                if step.takes(self, input_ids, attention_mask, call["position_ids"], cache, kwargs):
+                    return step(input_ids, cache)
+                step.release(cache)
             return super().forward(**call, **kwargs)  # type: ignore[misc]
 
     def _own(

@@ -54,13 +54,15 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     everything["score"] = score
     there = score > EMPTY
     age = torch.arange(size + new, device=device)
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).to(torch.int32)  # of equal scores the older first
-    rank = rank.masked_fill(~there, size + new)
+    if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
+        lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
+        last = there & (age != lost)
+        return Admission(everything, last[..., None, :], _kept(everything, last, size), lost, there.gather(2, lost)[:, 0])
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # of equal scores the older first
+    rank = rank.to(torch.int32).masked_fill(~there, size + new)
     better = rank[..., :, None] < rank[..., None, :]  # (B, G, i, j): i keeps its place against j
-    counted = torch.int32
-    ahead = better[..., :size, :].sum(2, keepdim=True, dtype=counted) + better[..., size:, :].cumsum(
-        2, dtype=counted
-    )  # (B, G, n, m + n)
+    old, fresh = better[..., :size, :], better[..., size:, :]
+    ahead = old.sum(2, keepdim=True, dtype=torch.int32) + fresh.cumsum(2, dtype=torch.int32)  # (B, G, n, m + n)
     arrived = age <= torch.arange(size, size + new, device=device)[:, None]
     member = there[..., None, :] & arrived & (ahead < size)
     before = torch.cat([there[..., None, :size].expand(-1, -1, 1, -1), member[..., :-1, :size]], dim=2)
@@ -68,13 +70,17 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     was = was | (torch.arange(size, size + new, device=device)[:, None] == age) & there[..., None, :]
     pushed = was & ~member
     out = pushed.any(-1)[:, 0]  # every kv head has seen as many tokens
-    last = member[..., -1, :]
+    return Admission(everything, member, _kept(everything, member[..., -1, :], size), pushed.to(torch.uint8).argmax(-1), out)
+
+
+def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
+    """Slots of the candidates that stay, `last` (B, G, m + n), in order of age; then empty ones."""
     order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
     filled = pick(last, order)
     kept = {name: pick(x, order) for name, x in everything.items() if name != "score"}
     after = {name: x * _spread(filled, x) for name, x in kept.items()}
-    after["score"] = pick(score, order).masked_fill(~filled, EMPTY)
-    return Admission(everything, member, after, pushed.to(torch.uint8).argmax(-1), out)
+    after["score"] = pick(everything["score"], order).masked_fill(~filled, EMPTY)
+    return after
 
 
 def _spread(filled: Tensor, like: Tensor) -> Tensor:

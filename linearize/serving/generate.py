@@ -16,6 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from linearize.loading import load
 from linearize.modeling.spec import Shape
 from linearize.opening import need_decoder
+from linearize.progress import Progress, silent
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
@@ -46,6 +47,32 @@ class _Stop(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.first_token = self.first_token or time.monotonic()
         return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a checkpoint runs: its weights in `dtype` (auto keeps the stored one) or in 8 bits, its steps compiled or not."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    int8: bool = False
+    compiled: bool = False
+
+
+def open_generator(directory: Path, run: Run | None = None, report: Progress = silent) -> Generator:
+    """A checkpoint ready to generate. `report` hears of a step that must be compiled first; UsageError where that cannot be."""
+    run = run or Run()
+    model, tokenizer = load(directory, dtype=run.dtype, device=run.device)
+    made = Generator(model, tokenizer)
+    if run.int8:
+        from linearize.serving.int8 import quantize
+
+        quantize(model)
+    if run.compiled:
+        from linearize.serving.compiled import compile_step
+
+        compile_step(model, report=report)
+    return made
 
 
 @dataclass
@@ -82,7 +109,7 @@ class Generator:
                     torch.manual_seed(settings.seed)
                     sequences = self.model.generate(
                         inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, streamer=streamer,
-                        max_new_tokens=settings.max_tokens, stopping_criteria=StoppingCriteriaList([self._stop]),
+                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK, stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
                 found.append(sequences[0].tolist())
@@ -121,9 +148,8 @@ class Generator:
 class Completion:
     """Plain continuation of a prompt by a checkpoint."""
 
-    def __init__(self, directory: Path, device: str = "auto") -> None:
-        model, tokenizer = load(directory, device=device)
-        self.generator = Generator(model, tokenizer)
+    def __init__(self, directory: Path, run: Run | None = None, report: Progress = silent) -> None:
+        self.generator = open_generator(directory, run, report)
 
     @property
     def last(self) -> dict[str, Any]:

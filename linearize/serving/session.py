@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linearize.loading import load
-from linearize.serving.generate import Generator, Settings
+from linearize.progress import Progress, silent
+from linearize.serving.generate import Generator, Run, Settings, open_generator
 
 SNAPSHOTS = 8
 
@@ -16,9 +16,8 @@ SNAPSHOTS = 8
 class Session:
     """History, and the cache that has consumed it. `ask` streams an answer; `stop` ends it and the talk goes on."""
 
-    def __init__(self, directory: Path, *, system: str | None = None, device: str = "auto") -> None:
-        model, tokenizer = load(directory, device=device)
-        self._begin(Generator(model, tokenizer), system)
+    def __init__(self, directory: Path, *, system: str | None = None, run: Run | None = None, report: Progress = silent) -> None:
+        self._begin(open_generator(directory, run, report), system)
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, system: str | None = None) -> Session:
@@ -89,4 +88,4 @@ class Session:
         return list(rendered["input_ids"])
 
 
-__all__ = ["Session", "Settings"]
+__all__ = ["Run", "Session", "Settings"]

@@ -1,0 +1,51 @@
+"""Weights in 8 bits for decoding: half the bytes to read for each token; PyTorch's own kernel multiplies them as they are.
+
+torchao's weight-only form is compiled code's: called directly it was 2.8 times slower than bf16 here, and this one 1.4 times faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import UsageError
+
+LARGEST = 127
+ROWS = 8  # of more tokens at once a product in the layer's own dtype is faster
+
+
+class Int8Linear(nn.Module):
+    """y = s (x W^T) + b with W (N, K) in int8 and a scale s (N,) for each row, the row's largest weight over 127."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > ROWS:
+            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
+        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model: Any) -> None:
+    """Put all linear layers of a model in 8 bits, in place; embeddings and mixers stay. UsageError where there are none, or no CPU."""
+    if model.device.type != "cpu":
+        raise UsageError(
+            f"int8 weights are for decoding on a CPU, and the model is on {model.device.type}", "--int8", "--device cpu"
+        )
+    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    if not found:
+        raise UsageError("this model has no linear layers that could be put in 8 bits", "--int8", "leave --int8 out")
+    for name, module in found:
+        model.set_submodule(name, Int8Linear(module))
