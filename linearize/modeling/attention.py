@@ -74,7 +74,7 @@ class LinearizedAttention(nn.Module):
         raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
         inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k)
         if self.linearize_mode == "observe":
-            target = softmax_attention(inputs, self.linearize.spec.causal)
+            target = self.linearize_softmax(inputs)
             if self.linearize_observer is not None:
                 self.linearize_observer(self, inputs, target)
             return target
@@ -92,6 +92,10 @@ class LinearizedAttention(nn.Module):
 
             layer.advance(after, q.shape[2], replay)
         return out  # type: ignore[no-any-return]
+
+    def linearize_softmax(self, inputs: Inputs) -> Tensor:
+        """The original attention (B, T, H, V)."""
+        return softmax_attention(inputs, self.linearize.spec.causal)
 
 
 class RecordedNorm(nn.Module):
@@ -177,7 +181,8 @@ def _rows_attention(q: Tensor, k: Tensor, v: Tensor, start: int, score: Scores) 
     """The queries from token `start` on (B, H, n, D) over the keys that they see."""
     last = start + q.shape[2]
     first = 0 if score.sliding is None else max(start + 1 - score.sliding, 0)
-    scores = score(q, k[:, :, first:last]).float()
+    scores = score(q, k[:, :, first:last])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     distance = torch.arange(start, last, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
     hidden = distance < 0
     if score.sliding is not None:
