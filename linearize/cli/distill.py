@@ -20,7 +20,8 @@ linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -
 linearize distill smollm2-default --data teacher --data notes.txt
 linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets=q,v
 linearize distill smollm2-default --resume auto
-linearize distill smollm2-default --num-processes 2"""
+linearize distill smollm2-default --num-processes 2
+linearize distill smollm2-default --stage long --set stages.long.sequence=32768 --num-processes 8 --sequence-parallel"""
 
 LEARN = "What it learns from"
 Data = Annotated[
@@ -101,6 +102,10 @@ Processes = Annotated[
 
 
 Shard = Annotated[bool, typer.Option("--shard", help="Spread the frozen weights over the processes.", rich_help_panel=flags.HOW)]
+SequenceParallel = Annotated[
+    bool,
+    typer.Option("--sequence-parallel", help="All processes share each row, for rows too long for one.", rich_help_panel=flags.HOW),
+]
 MixedPrecision = Annotated[
     Precision | None,
     typer.Option(help="Of sharded weights in use.", rich_help_panel=flags.HOW, show_default="as stored"),
@@ -163,6 +168,7 @@ def distill(
     shard: Shard = False,
     mixed_precision: MixedPrecision = None,
     gradient_checkpointing: Checkpointing = False,
+    sequence_parallel: SequenceParallel = False,
     stream_layers: StreamLayers = None,
     stream_cache: StreamCache = None,
     report_to: ReportTo = None,
@@ -192,6 +198,7 @@ def distill(
             stage=stage.value, output=output, recipe=read(recipe) if recipe else None, sets=sets or (), merge=merge,
             resume=resume is Resume.auto, save_every=save_every, keep=keep, report_to=report_to or (), shard=shard,
             precision=mixed_precision.value if mixed_precision else None, gradient_checkpointing=gradient_checkpointing,
+            sequence_parallel=sequence_parallel,
             streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip

@@ -29,23 +29,48 @@ class LayerCall:
     weight: Tensor | None = None
 
     @cached_property
-    def rows(self) -> Rows | None:
+    def entered(self) -> tuple[Halves, Callable[[Tensor], Tensor]]:
+        """The mixer's halves, of rows of their own, and what brings such rows (rows, h, L, .) to their tokens (B, h, T, .)."""
+        rows = self._rows
+        return self.mixer.halves(self.inputs, rows), (lambda x: x if rows is None else rows.scatter(x))
+
+    @cached_property
+    def _rows(self) -> Rows | None:
         batch, _, time, _ = self.inputs.q.shape
         return make_rows(self.inputs.mask, self.inputs.segments, batch, time, self.inputs.q.device)
 
     @cached_property
-    def halves(self) -> Halves:
-        return self.mixer.halves(self.inputs, self.rows)
-
-    @cached_property
     def output(self) -> Tensor:
         """What the mixer says, (B, T, H, V)."""
-        out = self.mixer.combine(self.halves)
-        return (out if self.rows is None else self.rows.scatter(out)).transpose(1, 2)
+        halves, scatter = self.entered
+        return scatter(self.mixer.combine(halves)).transpose(1, 2)
 
-    def in_rows(self, x: Tensor) -> Tensor:
-        """(B, h, T, D) as the halves have it."""
-        return x if self.rows is None else self.rows.gather(x)
+    @property
+    def whole(self) -> Inputs:
+        """Of rows of which these tokens are all, or those from number `first` on."""
+        return self.inputs
+
+    @property
+    def first(self) -> int:
+        return 0
+
+    @cached_property
+    def log_mass(self) -> Tensor:
+        """log sum exp of the teacher's scores, (B, H, T)."""
+        rows, inputs = self._rows, self.inputs
+        if rows is None:
+            return Calibration(inputs, self.target).log_mass()
+        apart = replace(inputs, q=rows.gather(inputs.q), k=rows.gather(inputs.k))
+        return rows.scatter(Calibration(apart, self.target).log_mass()[..., None])[..., 0]
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """The weight of each token, (B, T)."""
+        return torch.ones_like(self.target[..., 0, 0], dtype=wide(self.target).dtype) if self.weight is None else self.weight
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """What a sum over each row's tokens (B,) comes to where a loss divides by it."""
+        return x
 
     def weighted(self, x: Tensor) -> Tensor:
         """x (B, T, H, V) times the weight of its token."""
@@ -64,14 +89,14 @@ def relative_mse(call: LayerCall) -> Tensor:
     """sum w ||y - y'||^2 / sum w ||y||^2 of each row: deep layers, whose outputs are larger, do not drown the rest."""
     target = wide(call.target)
     error = call.weighted((wide(call.output) - target).square()).sum((1, 2, 3))
-    loss: Tensor = (error / call.weighted(target.square()).sum((1, 2, 3)).clamp(min=1e-12)).mean()
+    loss: Tensor = (error / call.per_row(call.weighted(target.square()).sum((1, 2, 3))).clamp(min=1e-12)).mean()
     return loss
 
 
 def mse(call: LayerCall) -> Tensor:
     """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
-    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean((1, 2, 3))
-    return 1000 * (error if call.weight is None else error / call.weight.mean(1)).mean()
+    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean((2, 3)).sum(1)
+    return 1000 * (error / call.per_row(call.counted.sum(1))).mean()
 
 
 def weights(call: LayerCall) -> Tensor:
@@ -81,13 +106,15 @@ def weights(call: LayerCall) -> Tensor:
     gates or padding has weights of another form, and so has a teacher that slides or has learned sinks: the relative output
     error is taken there.
     """
-    mixer, inputs = call.mixer, call.inputs
+    mixer, inputs = call.mixer, call.whole
     plain = inputs.mask is None and inputs.score.sliding is None and inputs.score.null is None
     if mixer.spec.has_near or mixer.spec.decay != "none" or not plain:
         return relative_mse(call)
     phi_q, phi_k = mixer.features(inputs)
     q, k = inputs.q.to(phi_q.dtype), inputs.k.to(phi_k.dtype)
-    return cross_entropy(phi_q, phi_k, q, k, inputs.score, inputs.segments, mixer.spec.causal) / q[..., 0].numel()
+    own = slice(call.first, call.first + call.inputs.q.shape[2])
+    total = cross_entropy(phi_q, phi_k, q, k, inputs.score, inputs.segments, mixer.spec.causal, own)
+    return total / call.inputs.q[..., 0].numel()
 
 
 def weighs_mass(spec: MixerSpec) -> bool:
@@ -101,21 +128,19 @@ def mass(call: LayerCall) -> Tensor:
     p = 1 - near mass / whole mass is the teacher's, p' = sigma(log far mass - log near mass) the student's; both have the near
     half in common, since it is exact. A mixer must have such a share: see `weighs_mass`.
     """
-    mixer, halves = call.mixer, call.halves
-    odds = mixer.far_odds(halves)
+    halves, scatter = call.entered
     assert halves.near is not None
-    near = halves.near.top + halves.near.denominator.log()
+    odds = call.mixer.far_odds(halves)
+    there, near = odds > -torch.inf, halves.near.top + halves.near.denominator.log()
+    odds, near, filled = (scatter(x[..., None])[..., 0] for x in (odds.where(there, 0.0), near, there.to(near.dtype)))
     with torch.no_grad():
-        own = replace(call.inputs, q=call.in_rows(call.inputs.q), k=call.in_rows(call.inputs.k))
-        every = Calibration(own, call.target).log_mass()
-        share = -torch.expm1((near - every).clamp(max=0.0))
+        share = -torch.expm1((near - call.log_mass).clamp(max=0.0))
         entropy = torch.special.entr(share) + torch.special.entr(1 - share)
-    filled = odds > -torch.inf
-    gap = F.binary_cross_entropy_with_logits(odds.where(filled, 0.0), share.to(odds.dtype), reduction="none") - entropy
-    gap = torch.where(filled, gap, 0.0)
-    counted = torch.ones_like(call.target[..., 0, 0], dtype=gap.dtype) if call.weight is None else call.weight.to(gap.dtype)
-    gap = gap if call.rows is None else call.rows.scatter(gap[..., None])[..., 0]
-    return ((gap * counted[:, None]).sum((1, 2)) / (counted.sum(1) * gap.shape[1]).clamp(min=1e-12)).mean()
+    gap = F.binary_cross_entropy_with_logits(odds, share.to(odds.dtype), reduction="none") - entropy
+    counted = call.counted.to(gap.dtype)
+    every = call.per_row(counted.sum(1)) * gap.shape[1]
+    loss: Tensor = ((gap * filled * counted[:, None]).sum((1, 2)) / every.clamp(min=1e-12)).mean()
+    return loss
 
 
 LAYER_LOSSES: dict[str, LayerLoss] = {"relative_mse": relative_mse, "mse": mse, "weights": weights, "mass": mass}

@@ -57,7 +57,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @dataclass
 class Schedule:
-    """Rows in an order that depends on (seed, epoch) alone, and a learning rate with warm-up and cosine decay."""
+    """Rows in an order that depends on (seed, epoch) alone, and a learning rate with warm-up and cosine decay.
+
+    `processes` have rows of their own, of which this is number `rank`: 1 and 0 where all share each row.
+    """
 
     rows: Packed
     steps: int
@@ -188,7 +191,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(trained, 1.0) if self.name != "attention" else _norm(trained)
         total = self.accelerator.reduce(torch.tensor([loss], device=device), "mean")
         if not (math.isfinite(float(total)) and bool(torch.isfinite(norm))):
-            self.guard.keep(step, self.schedule.rank, ids, positions)
+            if self.accelerator.process_index < self.schedule.processes:
+                self.guard.keep(step, self.schedule.rank, ids, positions)
             return math.nan
         optimizer.step()
         self.losses.append(float(total))

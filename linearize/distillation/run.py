@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import AutoTokenizer
 
 from linearize import text
@@ -20,6 +22,7 @@ from linearize.distillation.data import Rows, training_documents
 from linearize.distillation.guard import SKIPPED
 from linearize.distillation.loop import BY_TIME, Saving, Schedule, Task, Trainer, make_accelerator
 from linearize.distillation.losses import check_losses
+from linearize.distillation.sequence_parallel import alone, check_sharing, sharing
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, learnt_parameters, lora_parameters, mixer_parameters
 from linearize.distillation.state import check_same, latest_state
 from linearize.distillation.streaming import Streaming, check_begun, check_streaming, stream_attention
@@ -83,6 +86,7 @@ def distill(
     shard: bool = False,
     precision: str | None = None,
     gradient_checkpointing: bool = False,
+    sequence_parallel: bool = False,
     streaming: Streaming | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -100,6 +104,7 @@ def distill(
     `report_to` names trackers of accelerate, such as tensorboard, wandb, trackio, which may write beside the
     output; metrics.jsonl is written always.
     `shard` spreads the frozen weights over the processes, gathered in `precision` (bfloat16; default: as they are stored).
+    `sequence_parallel` lets all processes share each row, in equal parts, instead of having rows of their own.
     """
     config = check(directory)
     plan, tokenizer = config["linearize"], AutoTokenizer.from_pretrained(directory)
@@ -125,11 +130,15 @@ def distill(
     spread: dict[str, Any] = {"shard": shard, "precision": precision, "gradient_checkpointing": gradient_checkpointing}
     skeleton = None
     if streaming is not None:
-        check_streaming(chosen, accelerator.num_processes, {**spread, "data teacher": sampled})
+        refused = {**spread, "data teacher": sampled, "sequence_parallel": sequence_parallel}
+        check_streaming(chosen, accelerator.num_processes, refused)
         skeleton = Skeleton(directory, accelerator.device, target.with_name(f"{target.name}.weights"))
     model = skeleton.model if skeleton else sharding.opened(directory, accelerator.device, accelerator.num_processes, **spread)
     facts = {"data": list(made.data), "recall": made.recall, "seed": made.seed, "sequence": made.sequence, "batch": made.batch}
     facts |= {"held_out": made.held_out, "processes": accelerator.num_processes, "shard": shard, "precision": precision}
+    facts["sequence_parallel"] = sequence_parallel
+    if sequence_parallel:
+        check_sharing(model, accelerator.num_processes, {one.kind: rows.length(one) for one in chosen})
     teller = progress if accelerator.is_main_process else silent
     check_begun(run, streaming, resume, overwrite)
     check_run(run, resume, overwrite, facts)
@@ -149,7 +158,7 @@ def distill(
     if skeleton is not None and streaming is not None:
         found = stream_stage(accelerator, skeleton, chosen[0], rows(chosen[0]), run, facts, streaming=streaming, **how)
     else:
-        found = train_stages(accelerator, model, chosen, rows, run, facts, **how)
+        found = train_stages(accelerator, model, chosen, rows, run, facts, sequence_parallel=sequence_parallel, **how)
     if shard and accelerator.is_main_process:
         found.model = sharding.unsharded(found.model, directory, accelerator.device)
     finish(accelerator, found.model, tokenizer, found.stages, facts, target, run, overwrite, merge)
@@ -224,7 +233,7 @@ def begin_run(accelerator: Accelerator, run: Path, resume: bool) -> None:
 def train_stages(
     accelerator: Accelerator, model: Any, stages: list[Stage], rows: RowsOf, run: Path, facts: dict[str, Any], *,
     batch: int = 1, seed: int = 0, resume: bool = False, saving: Saving = BY_TIME, deadline: float | None = None,
-    progress: Progress = silent,
+    sequence_parallel: bool = False, progress: Progress = silent,
 ) -> Trained:  # fmt: skip
     """Run the stages in order on one model. `deadline` (time.monotonic) ends the last stage early."""
     done: list[dict[str, Any]] = []
@@ -238,7 +247,7 @@ def train_stages(
         model, report = train_stage(
             accelerator, model, stage, number, rows(stage), run, facts,
             batch=batch, seed=seed, resume=resume and number == at, saving=saving, deadline=deadline, done=list(done),
-            progress=progress,
+            sequence_parallel=sequence_parallel, progress=progress,
         )  # fmt: skip
         done.append(report)
     return Trained(model, done)
@@ -258,7 +267,8 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def train_stage(
     accelerator: Accelerator, model: Any, stage: Stage, number: int, rows: text.Packed, run: Path, facts: dict[str, Any], *,
-    batch: int, seed: int, resume: bool, saving: Saving, deadline: float | None, done: list[dict[str, Any]], progress: Progress,
+    batch: int, seed: int, resume: bool, saving: Saving, deadline: float | None, done: list[dict[str, Any]],
+    sequence_parallel: bool, progress: Progress,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """One stage; returns the model (wrapped by peft after a stage with LoRA) and its report."""
     model.requires_grad_(False)
@@ -292,13 +302,14 @@ def train_stage(
         groups=[{"params": list(params.values()), "lr": rates[group]} for group, params in trained.items()],
         parameters=lambda: {name.removeprefix("base_model.model."): p.data for name, p in every.items()},
         restore=lambda tensors: load_parameters(model, {_wrapped(name, every): x for name, x in tensors.items()}),
-        before=sum(int(report["steps"]) for report in done), named=every, task=_task(accelerator, model, stage, rows.mask_token),
-        schedule=_schedule(accelerator, rows, stage, seed, batch),
+        before=sum(int(report["steps"]) for report in done), named=every,
+        task=_task(accelerator, model, stage, rows.mask_token, sequence_parallel),
+        schedule=_schedule(accelerator, rows, stage, seed, batch, sequence_parallel),
         facts=facts, done=done, progress=progress, saving=saving, deadline=deadline, sharded=sharded,
-        reduce_gradients=stage.kind == ATTENTION or sharded,
+        reduce_gradients=stage.kind == ATTENTION or sharded or sequence_parallel,
     )  # fmt: skip
     result = trainer.train(resume)
-    result["tokens"] = result["steps"] * batch * accelerator.num_processes * rows.ids.shape[1]
+    result["tokens"] = result["steps"] * batch * trainer.schedule.processes * rows.ids.shape[1]
     return model, {**report, **result}
 
 
@@ -306,17 +317,20 @@ def _wrapped(name: str, every: Mapping[str, nn.Parameter]) -> str:
     return name if name in every else f"base_model.model.{name}"
 
 
-def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: int, batch: int) -> Schedule:
-    a_step = batch * accelerator.num_processes * rows.ids.shape[1]
-    return Schedule(rows, max(round(stage.tokens / a_step), 1), seed, accelerator.num_processes, accelerator.process_index, batch)
+def _schedule(accelerator: Accelerator, rows: text.Packed, stage: Stage, seed: int, batch: int, shared: bool) -> Schedule:
+    processes, rank = (1, 0) if shared else (accelerator.num_processes, accelerator.process_index)
+    a_step = batch * processes * rows.ids.shape[1]
+    return Schedule(rows, max(round(stage.tokens / a_step), 1), seed, processes, rank, batch)
 
 
-def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None) -> Task:
+def _task(accelerator: Accelerator, model: Any, stage: Stage, mask_token: int | None, shared: bool) -> Task:
+    reading = functools.partial(sharing, dist.group.WORLD) if shared and dist.group.WORLD is not None else alone
     if stage.kind == ATTENTION:
-        return AttentionTransfer(model, stage)
-    data_parallel = accelerator.num_processes > 1 and not sharding.is_sharded(model)
+        return AttentionTransfer(model, stage, reading)
+    # in DDP's backward pass its own reduction would run among the exchanges of shared rows
+    data_parallel = accelerator.num_processes > 1 and not sharding.is_sharded(model) and not shared
     wrapped = accelerator.prepare_model(model) if data_parallel else model
-    return LogitDistillation(accelerator, wrapped, model, stage, mask_token)
+    return LogitDistillation(accelerator, wrapped, model, stage, mask_token, reading)
 
 
 def _listed(stage: Stage) -> dict[str, Any]:

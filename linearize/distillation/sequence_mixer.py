@@ -7,7 +7,7 @@ part does to it. Then the part runs as any call on a filled cache does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +19,13 @@ from torch import distributed as dist
 from linearize.distillation.collectives import from_left
 from linearize.distillation.sequence_memory import Summary, applied, gathering, incoming, summed
 from linearize.modeling.memory import FIELDS, State, empty_state, fill_sinks
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Halves, Inputs, Mixer
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
 
 BY_HEAD = ("q", "k", "v", "raw_q", "raw_k")
 BY_TOKEN = ("hidden", "cos", "sin")
+Scatter = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def refusal(spec: MixerSpec) -> str | None:
         return f"slot_score '{spec.slot_score}' reads the memory as it was at each token, which only the process before knows"
     if spec.slots:
         return "slots are given away in order, token by token"
+    if spec.kv_dtype != "model":
+        return f"exact tokens pass from process to process as they are: kv_dtype 'model', not '{spec.kv_dtype}'"
     return None
 
 
@@ -59,11 +62,12 @@ def shortest(spec: MixerSpec) -> int:
     return max(reach(spec), 2)
 
 
-def mix(mixer: Mixer, inputs: Inputs, part: Part) -> Tensor:
-    """What `mixer(inputs)[0]` would be at the tokens of this part (B, T, H, V), were the parts of all processes one text.
+def halves(mixer: Mixer, inputs: Inputs, part: Part) -> tuple[Halves, Scatter]:
+    """Both halves of a mixer at the tokens of this part, were the parts of all processes one text, in rows of single documents.
 
-    `inputs.segments` numbers the documents of this part alone. Every process of the group must call it. ValueError for mixers
-    that cannot be split, for pads, and for parts shorter than `shortest`.
+    And what brings anything of those rows (rows, h, L, .) to the part's places (B, h, T, .). `inputs.segments` numbers the
+    documents of this part alone. Every process of the group must call it. ValueError for mixers that cannot be split, for pads,
+    and for parts shorter than `shortest`.
     """
     spec = mixer.spec
     why = refusal(spec)
@@ -73,16 +77,30 @@ def mix(mixer: Mixer, inputs: Inputs, part: Part) -> Tensor:
         why = "rows with pads are not split: pack them"
     if why is not None:
         raise ValueError(f"sequence parallel: {why}")
-    rows = None
+    rows = padded = None
+    own = replace(inputs, mask=None)
     if inputs.segments is not None:
         batch, _, time, _ = inputs.q.shape
         rows = make_rows(None, inputs.segments, batch, time, inputs.q.device)
     place = _Place(part, rows, inputs.q.shape[0])
-    own = replace(inputs, mask=None) if rows is None else in_rows(inputs, rows)
+    if rows is not None:
+        own = in_rows(inputs, rows)
+        padded = make_rows(own.mask, None, own.q.shape[0], own.q.shape[2], inputs.q.device)
     state = place.entering(carried(mixer, inputs, own, place), mixer, own)
     with _memory_of_all(mixer, place):
-        out = Mixer.forward(mixer, own, state)[0]
-    return out if rows is None else rows.scatter(out.transpose(1, 2)).transpose(1, 2)
+        found = mixer.halves(own, padded, state)
+
+    def scatter(x: Tensor) -> Tensor:
+        return x if rows is None or padded is None else rows.scatter(padded.scatter(x))
+
+    return found, scatter
+
+
+def mix(mixer: Mixer, inputs: Inputs, part: Part) -> Tensor:
+    """What `mixer(inputs)[0]` would be at the tokens of this part (B, T, H, V): see `halves`."""
+    with torch.autocast(inputs.q.device.type, enabled=False):
+        found, scatter = halves(mixer, inputs, part)
+        return scatter(mixer.combine(found)).transpose(1, 2).to(inputs.q.dtype)
 
 
 def in_rows(inputs: Inputs, rows: Rows) -> Inputs:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from linearize.conversion.calibration import few_logits
 from linearize.distillation.guard import drawn
-from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
+from linearize.distillation.layer_losses import LAYER_LOSSES
 from linearize.distillation.logit_losses import LOGIT_LOSSES, NEEDS_TEACHER, LogitCall
 from linearize.distillation.losses import terms
+from linearize.distillation.sequence_parallel import Alone, Reading, alone
 from linearize.methods.base import Stage
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
@@ -82,17 +83,21 @@ def token_weight(stage: Stage, specs: Iterable[MixerSpec], positions: Tensor) ->
 class AttentionTransfer:
     """Each mixer learns its layer's attention on the teacher's own inputs: one backward pass a layer, freed at once."""
 
-    def __init__(self, model: nn.Module, stage: Stage) -> None:
-        self.model, self.stage, self.terms = model, stage, terms(stage)
+    def __init__(self, model: nn.Module, stage: Stage, reading: Reading = alone) -> None:
+        self.model, self.stage, self.terms, self.reading = model, stage, terms(stage), reading
         self.by_layer: dict[int, float] = {}
         self.positions: Tensor
+        self.rows: Alone
 
     def backward(self, ids: Tensor, positions: Tensor) -> float:
         """Adds the gradients of every mixer; returns the mean loss over layers."""
-        self.by_layer, self.positions = {}, positions
-        with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
-            self.read(ids, positions)
-        return sum(self.by_layer.values()) / len(self.by_layer)
+        with self.reading(self.model, positions) as self.rows:
+            self.by_layer, self.positions = {}, self.rows.cut(positions)
+            with torch.no_grad(), observed(self.model, self._observe), mode(self.model, "observe"):
+                self.read(self.rows.cut(ids), self.positions)
+            losses: list[float] = self.rows.mean(torch.tensor(list(self.by_layer.values()), dtype=torch.float64)).tolist()
+        self.by_layer = dict(zip(self.by_layer, losses, strict=True))
+        return sum(losses) / len(losses)
 
     def read(self, ids: Tensor, positions: Tensor) -> None:
         """Run the teacher, under observation, over rows (B, T)."""
@@ -106,7 +111,7 @@ class AttentionTransfer:
         # what a layer draws does not depend on which layers run before it
         own = drawn(inputs.q.device, torch.initial_seed(), attention.linearize_index)
         with torch.enable_grad(), own, narrowed([mixer], self.stage):
-            call = LayerCall(mixer, inputs, target, weight)
+            call = self.rows.call(mixer, inputs, target, weight)
             loss = torch.stack([factor * LAYER_LOSSES[name](call) for name, factor in self.terms.items()]).sum()
             if loss.requires_grad:
                 loss.backward()
@@ -121,36 +126,48 @@ class LogitDistillation:
 
     by_layer: Mapping[int, float] = MappingProxyType({})
 
-    def __init__(self, accelerator: Accelerator, wrapped: nn.Module, model: Any, stage: Stage, mask_token: int | None) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        model: Any,
+        stage: Stage,
+        mask_token: int | None,
+        reading: Reading = alone,
+    ) -> None:
         self.accelerator, self.wrapped, self.model, self.stage = accelerator, wrapped, model, stage
-        self.terms, self.mask_token = terms(stage), mask_token
+        self.terms, self.mask_token, self.reading = terms(stage), mask_token, reading
         self.mixers = [attention.linearize for attention in attentions(model)]
-        # transformers' own encoders do not tell packed documents apart, the teacher under observation does
-        self.teacher = "teacher" if mask_token is None else "observe"
         self.options = {"use_cache": False} if mask_token is None else {}
         if "hidden" in self.terms:
             self.options["output_hidden_states"] = True
 
     def backward(self, ids: Tensor, positions: Tensor) -> float:
         """Loss by the global weight of target tokens; adds the gradients; returns this process's share of the loss."""
-        inputs, targets, counted = self.task(ids, positions)
-        given = {"input_ids": inputs, "position_ids": positions + first_position(self.model), **self.options}
-        weight = token_weight(self.stage, [mixer.spec for mixer in self.mixers], positions)
-        weight = counted[counted].float() if weight is None else weight[counted]
-        share = self.accelerator.reduce(weight.sum(), "mean").clamp(min=1e-12)
-        teacher = None
-        if NEEDS_TEACHER & self.terms.keys():
-            with torch.no_grad(), self._without_adapters(), mode(self.model, self.teacher):
-                teacher = self.model(**given)
-        with narrowed(self.mixers, self.stage):
-            student = self.wrapped(**given)
-            call = LogitCall(
-                student.logits[counted], targets[counted], weight, None if teacher is None else teacher.logits[counted],
-                self.stage.temperature, self._hidden(student, teacher, counted),
-            )  # fmt: skip
-            loss = torch.stack([factor * LOGIT_LOSSES[name](call) for name, factor in self.terms.items()]).sum() / share
-            self.accelerator.backward(loss)
+        with self.reading(self.model, positions) as rows:
+            weight = token_weight(self.stage, [mixer.spec for mixer in self.mixers], positions)
+            inputs, targets, counted = (rows.cut(x) for x in self.task(ids, positions))
+            given = {"input_ids": inputs, "position_ids": rows.cut(positions) + first_position(self.model), **self.options}
+            weight = counted[counted].float() if weight is None else rows.cut(weight)[counted]
+            share = self.accelerator.reduce(weight.sum(), "mean").clamp(min=1e-12)
+            teacher = self._taught(given)
+            with narrowed(self.mixers, self.stage), rows.apart(ids.device):
+                student = self.wrapped(**given)
+                call = LogitCall(
+                    student.logits[counted], targets[counted], weight, None if teacher is None else teacher.logits[counted],
+                    self.stage.temperature, self._hidden(student, teacher, counted),
+                )  # fmt: skip
+                loss = torch.stack([factor * LOGIT_LOSSES[name](call) for name, factor in self.terms.items()]).sum() / share
+                self.accelerator.backward(loss)
         return float(loss.detach())
+
+    def _taught(self, given: Mapping[str, Any]) -> Any:
+        """What the teacher says, where the loss looks at it."""
+        if not NEEDS_TEACHER & self.terms.keys():
+            return None
+        # not in mode 'teacher': transformers' own encoders, OPT and gpt-oss do not tell packed documents apart
+        with torch.no_grad(), self._without_adapters(), mode(self.model, "observe"):
+            return self.model(**given)
 
     def _hidden(self, student: Any, teacher: Any, counted: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Hidden states after each layer (N, hidden), student's and teacher's, where the loss looks at them."""

@@ -17,30 +17,38 @@ FLOOR = 1e-12  # of a weight and of a sum of weights
 
 
 def cross_entropy(
-    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, score: Scores, segments: Tensor | None, causal: bool
+    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, score: Scores, segments: Tensor | None, causal: bool, own: slice
 ) -> Tensor:
-    """-sum_ti A_ti log (s_ti / sum_j s_tj) over all queries, with A the teacher's weights and s_ti = phi_q_t . phi_k_i.
+    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, with A the teacher's weights and s_ti = phi_q_t . phi_k_i.
 
     phi_q (B, M, R, T, K), phi_k (B, M, T, K), q (B, H, T, D) and k (B, G, T, D) in the dtype of phi; the keys of a query are those
     up to it where `causal`, and of its own document where `segments` (B, T) numbers them.
     """
-    arguments = (phi_q, phi_k, q, k, score, segments, causal)
+    arguments = (phi_q, phi_k, q, k, score, segments, causal, own)
     found: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """With r_ti = A_ti / s_ti, the gradient of s_ti is 1 / sum_j s_tj - r_ti: made beside the loss, while A and s are there."""
+    """With r_ti = A_ti / s_ti, the gradient of s_ti is 1 / sum_j s_tj - r_ti: made beside the loss, where A and s are."""
 
     @staticmethod
     def forward(
-        ctx: Any, phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, score: Scores, segments: Tensor | None, causal: bool
+        ctx: Any,
+        phi_q: Tensor,
+        phi_k: Tensor,
+        q: Tensor,
+        k: Tensor,
+        score: Scores,
+        segments: Tensor | None,
+        causal: bool,
+        own: slice,
     ) -> Tensor:
         wanted, time = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], q.shape[2]
         grad_q, grad_k = (torch.zeros_like(x) for x in (phi_q, phi_k)) if wanted else (None, None)
         total = q.new_zeros(())
-        for start in range(0, time, ROW_BLOCK):
-            rows = slice(start, min(start + ROW_BLOCK, time))
+        for start in range(own.start, own.stop, ROW_BLOCK):
+            rows = slice(start, min(start + ROW_BLOCK, own.stop))
             seen = slice(rows.stop if causal else time)
             visible = _visible(rows, seen, segments, causal, q)
             teacher = relative_weights(q[:, :, rows], k[:, :, seen], score, visible)[0]  # (B, H, n, S)
@@ -57,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_k = ctx.saved_tensors
-        return grad * grad_q, grad * grad_k, None, None, None, None, None
+        return grad * grad_q, grad * grad_k, None, None, None, None, None, None
 
 
 def _block(

@@ -80,7 +80,7 @@ class LinearizedAttention(nn.Module):
         raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
         inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k, call.places)
         if self.linearize_mode == "observe":
-            target = softmax_attention(inputs, self.linearize.spec.causal)
+            target = self.linearize_softmax(inputs)
             if self.linearize_observer is not None:
                 self.linearize_observer(self, inputs, target)
             return target
@@ -98,6 +98,10 @@ class LinearizedAttention(nn.Module):
 
             layer.advance(after, q.shape[2], replay)
         return out  # type: ignore[no-any-return]
+
+    def linearize_softmax(self, inputs: Inputs) -> Tensor:
+        """The original attention (B, T, H, V)."""
+        return softmax_attention(inputs, self.linearize.spec.causal)
 
 
 class RecordedNorm(nn.Module):

@@ -283,10 +283,10 @@ class Mixer(Leaving):
         odds: Tensor = weight - near.top - near.denominator.log()
         return odds.where(mass > 0, -torch.inf)
 
-    def halves(self, inputs: Inputs, rows: Rows | None = None) -> Halves:
-        """Both halves from the first token, of these rows or of full ones, for whoever fits one to the other."""
+    def halves(self, inputs: Inputs, rows: Rows | None = None, state: State | None = None) -> Halves:
+        """Both halves after `state`, of these rows or of full ones, for whoever fits one to the other."""
         with torch.autocast(inputs.q.device.type, enabled=False):
-            return self._chunked(self._stream(inputs, rows, None), None, inputs.score, False, inputs.k.dtype)[0]
+            return self._chunked(self._stream(inputs, rows, state), state, inputs.score, False, inputs.k.dtype)[0]
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """phi(q) (B, M, R, T, K) and phi(k) (B, M, T, K) of full rows: their products are the far half's weights without decay."""

@@ -109,7 +109,8 @@ class Generator:
                     torch.manual_seed(settings.seed)
                     sequences = self.model.generate(
                         inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, streamer=streamer,
-                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK, stopping_criteria=StoppingCriteriaList([self._stop]),
+                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK,
+                        stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
                 found.append(sequences[0].tolist())

@@ -35,7 +35,10 @@ def rows() -> text.Packed:
 
 
 def train(folder: Path, output: Path, case: str) -> None:
-    """Write the parameters of CASE (stage-dtype and any of shard, checkpointing, bf16) after all steps, and its first gradients."""
+    """Write the parameters of CASE (stage-dtype and any of shard, checkpointing, bf16, parts) after all steps, and first gradients.
+
+    In parts, processes share each row.
+    """
     kind, dtype, *options = case.split("-")
     accelerator = make_accelerator("cpu")
     model, _ = load(folder, device="cpu")
@@ -63,7 +66,8 @@ def train(folder: Path, output: Path, case: str) -> None:
     Trainer._step = seen  # type: ignore[method-assign]
     try:
         run.mkdir(parents=True)
-        made = train_stages(accelerator, model, [STAGES[kind]], lambda stage: rows(), run, {}, batch=ROWS // processes)
+        own = {"batch": ROWS, "sequence_parallel": True} if "parts" in options else {"batch": ROWS // processes}
+        made = train_stages(accelerator, model, [STAGES[kind]], lambda stage: rows(), run, {}, **own)
     finally:
         Trainer._step = real  # type: ignore[method-assign]
     if accelerator.is_main_process:

@@ -81,6 +81,46 @@ def test_a_conversation_needs_a_template(tmp_path: Path) -> None:
         documents(str(tmp_path / "a.jsonl"), chat_of(words))
 
 
+class Hub:
+    """Stands for the library datasets, whose data sets are lists of rows."""
+
+    def __init__(self, **found: list[dict[str, object]]) -> None:
+        self.found = found
+
+    def load_dataset(self, name: str, split: str) -> Hub:
+        assert split == "train"
+        rows = self.found[name.partition("/")[2]]
+        self.rows, self.column_names = rows, list(rows[0])
+        return self
+
+    def select_columns(self, names: list[str]) -> list[dict[str, object]]:
+        return [{name: row[name] for name in names} for row in self.rows]
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training split; what is wrong with it is said with its name and row."""
+    words = tokenizer()
+    hub = Hub(
+        plain=[{"text": "one", "id": 1}, {"text": "two", "id": 2}],
+        talks=[{"messages": TALK}],
+        odd=[{"body": "a"}],
+        hole=[{"text": 1}],
+    )
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert documents("who/plain", chat_of(words)) == ["one", "two"]
+    assert documents("who/talks", chat_of(words)) == [words.apply_chat_template(TALK, tokenize=False)]
+    for name, expected in {
+        "odd": "has columns body; expected text or messages: who/odd", "hole": "has text; expected.*: who/hole, row 1",
+        "nowhere": r"cannot load the data set \(KeyError\): who/nowhere",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=expected):
+            documents(f"who/{name}", chat_of(words))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="hub data sets need datasets") as missing:
+        documents("who/plain")
+    assert "pip install" in missing.value.fix
+
+
 def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)

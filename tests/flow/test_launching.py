@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.tiny import TEXT, environment, write_model
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from linearize.conversion.convert import convert
 from linearize.distillation.launching import check_joined, meant
 from linearize.distillation.run import distill
+from linearize.distillation.streaming import Streaming
 from linearize.errors import ResourceError, UsageError
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
@@ -105,6 +107,37 @@ def test_a_sharded_run_writes_what_an_unsharded_one_does(folder: Path, tmp_path:
     first, second = (json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (one, tmp_path / "shard"))
     assert {**first, "linearize": 0} == {**second, "linearize": 0}
     assert "FSDP" not in json.dumps(second)
+
+
+def test_processes_that_share_rows_write_what_one_writes(folder: Path, tmp_path: Path) -> None:
+    running = started(*arguments(folder, tmp_path / "two", "--sequence-parallel", "--num-processes", "2"))
+    out, said = running.communicate(timeout=100)
+    assert running.returncode == 0, said
+    for stage in json.loads(out)["stages"]:
+        assert (stage["processes"], stage["sequence_parallel"], stage["tokens"], stage["steps"]) == (2, True, 256, 8)
+    one = distill(folder, data=str(folder.parent / "book.txt"), sequence=32, tokens=256, output=tmp_path / "one").path
+    a, b = (load_file(path / "model.safetensors") for path in (one, tmp_path / "two"))
+    assert a.keys() == b.keys()
+    assert all((a[name] - b[name]).abs().max() < 2e-4 for name in a)
+    losses = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (one, tmp_path / "two")]
+    for mine, other in zip(*losses, strict=True):
+        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert other["layers"] == pytest.approx(mine["layers"], rel=1e-4)
+        assert other["tokens"] == mine["tokens"]
+
+
+@pytest.mark.parametrize(
+    "given, what",
+    [
+        ({}, "one process has nobody to share a row with"),
+        ({"streaming": Streaming(1), "stage": "attention"}, "one after another: --sequence-parallel"),
+    ],
+    ids=str,
+)
+def test_sharing_rows_needs_processes_and_a_whole_model(given: dict[str, Any], what: str, folder: Path, tmp_path: Path) -> None:
+    data = str(folder.parent / "book.txt")
+    with pytest.raises(UsageError, match=what):
+        distill(folder, data=data, sequence=32, output=tmp_path / "out", sequence_parallel=True, **given)
 
 
 @pytest.mark.exhaustive

@@ -1,4 +1,4 @@
-"""Two processes are one process with twice the batch: data parallel and sharded, both stages, unequal numbers of targets."""
+"""Two processes are one process with twice the batch: data parallel, sharded, sharing rows; both stages, unequal targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linearize.conversion.convert import convert
 
 HERE = Path(__file__).parent
 STAGES = ["attention", "lora"]
-WAYS = ["", "-shard", "-checkpointing", "-shard-checkpointing"]
+WAYS = ["", "-shard", "-checkpointing", "-shard-checkpointing", "-parts", "-parts-shard", "-parts-checkpointing"]
 CASES = [f"{stage}-float64{way}" for stage in STAGES for way in WAYS] + [f"{stage}-float32" for stage in STAGES]
 CASES += [f"{stage}-float32-shard" for stage in STAGES] + ["lora-float32-shard-bf16-checkpointing"]
 

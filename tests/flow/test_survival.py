@@ -54,7 +54,8 @@ def lines(where: Path) -> list[dict[str, Any]]:
 def killed(folder: Path, text: Path, output: Path, at: tuple[int, int, int], processes: int, *more: str) -> int:
     """The exit code of a run that is killed (rank, stage, step)."""
     arguments = [str(x) for x in at] + [str(folder), "--data", str(text), "--sequence", str(LENGTH), "-o", str(output), *more]
-    arguments += ["--tokens", str(LENGTH * STEPS * processes), "--save-every", "10", "--set", "stages.lora.dropout=0.3"]
+    rows = 1 if "--sequence-parallel" in more else processes
+    arguments += ["--tokens", str(LENGTH * STEPS * rows), "--save-every", "10", "--set", "stages.lora.dropout=0.3"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, *launch, str(HERE / "killed.py"), *arguments],
@@ -77,6 +78,7 @@ def undisturbed(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 CASES = [(1, (0, 0, 27), ()), (1, (0, 1, 27), ()), (2, (1, 1, 27), ()), (2, (1, 1, 27), ("--shard", "--gradient-checkpointing"))]
+CASES += [(2, (1, 1, 27), ("--sequence-parallel",))]
 
 
 @pytest.mark.parametrize("processes, at, more", CASES, ids=str)

@@ -146,7 +146,7 @@ def test_what_is_gathered_does_not_grow_with_the_text(name: str) -> None:
 def test_what_is_refused() -> None:
     """Slots and encoders, and no other point; parts that the window reaches over; pads."""
     for name, spec in EVERY.items():
-        assert (refusal(spec) is not None) == bool(spec.slots or not spec.causal), name
+        assert (refusal(spec) is not None) == bool(spec.slots or not spec.causal or spec.kv_dtype != "model"), name
     mixer, inputs = random_mixer(SPLIT["default"]), random_inputs(tiny_shape(), 9)
     nobody = Part(None, torch.zeros(2, dtype=torch.long))  # refused before anything is sent
     with pytest.raises(ValueError, match="part of 3 tokens is shorter than the 4"):
