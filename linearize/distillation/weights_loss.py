@@ -62,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_k = ctx.saved_tensors
         return grad * grad_q, grad * grad_k, None, None, None, None, None, None
@@ -82,7 +82,7 @@ def _block(
     loss = (whole.clamp(min=FLOOR).log() - logs / sums).sum()
     if not wanted:
         return loss, None
-    torch.nn.functional.threshold_(student, FLOOR, torch.inf)  # what is cut to the floor has no gradient
+    torch.threshold_(student, FLOOR, torch.inf)  # what is cut to the floor has no gradient
     share = sums / torch.where(whole > FLOOR, whole, torch.inf)
     grad = torch.sub(share, teacher.div_(student), out=teacher)  # of s, times the sum of the teacher's weights
     _last(grad, visible).mul_(visible)

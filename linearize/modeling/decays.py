@@ -93,7 +93,8 @@ def _lower(q: Tensor, k: Tensor, last: int = 0) -> Tensor:
     """q_i . k_j for j <= i + last, else 0, of q (..., R, C, K) and k (..., C, K)."""
     readers, size = q.shape[-3:-1]
     mask = q.new_ones(size, size).tril(last).repeat(readers, 1)
-    return product(q.flatten(-3, -2), k.mT).mul_(mask).unflatten(-2, (readers, size))
+    found: Tensor = product(q.flatten(-3, -2), k.mT).mul_(mask).unflatten(-2, (readers, size))
+    return found
 
 
 def _pairwise(q: Tensor, k: Tensor, g: Tensor) -> Tensor:

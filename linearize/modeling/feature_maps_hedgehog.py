@@ -27,7 +27,8 @@ class Hedgehog(FeatureMap):
         return project(x, torch.cat([self.weight, -self.weight], dim=-1))
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        return self.signed(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+        found: Tensor = self.signed(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+        return found
 
 
 class HedgehogJoint(Hedgehog):

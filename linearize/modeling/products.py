@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
         return multiply(a, b)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         of_a = multiply(grad, b.mT).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None

@@ -110,7 +110,7 @@ class _Across(torch.autograd.Function):
         return multiply(q, states[1:] if after else states[:-1]), states[-1].clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, last: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, states = ctx.saved_tensors
         of_q, of_k, of_v, of_g, of_state, _ = ctx.needs_input_grad
