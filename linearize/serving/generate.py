@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from linearize.loading import load
 from linearize.modeling.spec import Shape
 from linearize.opening import need_decoder
 from linearize.progress import Progress, silent
+from linearize.serving.nucleus import Nucleus
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
@@ -34,7 +35,11 @@ class Settings:
     def to_generate(self) -> dict[str, Any]:
         if self.temperature <= 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        nucleus = [Nucleus(self.top_p)] if self.top_p < 1 else []
+        return {
+            "do_sample": True, "temperature": self.temperature, "top_p": None, "top_k": 0,
+            "logits_processor": LogitsProcessorList(nucleus),
+        }  # fmt: skip
 
 
 class _Stop(StoppingCriteria):
@@ -109,7 +114,8 @@ class Generator:
                     torch.manual_seed(settings.seed)
                     sequences = self.model.generate(
                         inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, streamer=streamer,
-                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK, stopping_criteria=StoppingCriteriaList([self._stop]),
+                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK,
+                        stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
                 found.append(sequences[0].tolist())
