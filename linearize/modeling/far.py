@@ -128,13 +128,17 @@ class Far(nn.Module):
 
     # ---- entering ----
 
+    def repeated(self, x: Tensor) -> Tensor:
+        """Keys or values (B, G, T, .) for each memory (B, M, T, .)."""
+        return x if self.repeats == 1 else x.repeat_interleave(self.repeats, dim=1)
+
     def keys(self, k: Tensor, arrivals: dict[str, Tensor], position: Tensor) -> tuple[Tensor, Tensor | None]:
         """What tokens k (B, G, T, D) are written under (B, M, T, K), and their log-decays."""
         gate, kind = arrivals.get("gate"), self.spec.gate_key
         if kind == "complement":  # HGRN2: what the decay forgets is the key
             assert gate is not None
             return -torch.expm1(gate), gate
-        phi = self.map_k(k.repeat_interleave(self.repeats, dim=1), position)
+        phi = self.map_k(self.repeated(k), position)
         if isinstance(self.gate, FixedGate):
             gate = self.gate.of(phi)
         if kind == "balance":  # RWKV-6 as in RADLADS: the memory keeps its size
@@ -149,7 +153,7 @@ class Far(nn.Module):
     def entries(self, k: Tensor, v: Tensor, arrivals: dict[str, Tensor], position: Tensor, valid: Tensor | None) -> Entries:
         """The engine's arguments for tokens k (B, G, T, D), v (B, G, T, V) that enter, all or those that are `valid` (B, T)."""
         phi, gate = self.keys(k, arrivals, position)
-        v = v.repeat_interleave(self.repeats, dim=1)
+        v = self.repeated(v)
         if self.spec.normalise:
             v = torch.nn.functional.pad(v, (0, 1), value=1.0)
         enters = None if valid is None else valid[:, None, :, None].to(phi.dtype)

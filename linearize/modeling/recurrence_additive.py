@@ -41,7 +41,7 @@ def step_state(state: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
     if g is not None:
         decay = g.exp()
         state = state * (decay[..., None, None] if decay.dim() == 2 else decay[..., None])
-    return state + k[..., :, None] * v[..., None, :]
+    return torch.addcmul(state, k[..., :, None], v[..., None, :])
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

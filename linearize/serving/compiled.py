@@ -1,8 +1,8 @@
 """One token through a whole model as one compiled function, with states that stay where they are.
 
-The function is the model's own forward on a cache whose layers write in place, exported and compiled ahead of time by TorchInductor:
-no Python runs between the embedding and the logits, and what is small is fused. It depends on shapes and versions, not on weights,
-which it reads where the model has them. It is kept on disk, so that only the first start of such a model compiles.
+The function is the model's own forward on a cache whose layers write in place, exported and compiled ahead of time by
+TorchInductor: no Python runs between the embedding and the logits, and what is small is fused. It depends on shapes and versions,
+not on weights, which it reads where the model has them. It is kept on disk, so that only the first start of a model compiles.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InPlace(RecurrentLayer):
 
 
 class Step(nn.Module):
-    """Logits (B, 1, vocabulary) of tokens (B, 1) after `count` (B,) others; count and states (one dict a layer) move on in place."""
+    """Logits (B, 1, vocabulary) of tokens (B, 1) after `count` (B,) others; count and states, a dict a layer, move on in place."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from linearize.loading import load
 from linearize.modeling.spec import Shape
 from linearize.opening import need_decoder
 from linearize.progress import Progress, silent
+from linearize.serving.nucleus import Nucleus
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
@@ -34,7 +35,11 @@ class Settings:
     def to_generate(self) -> dict[str, Any]:
         if self.temperature <= 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        nucleus = [Nucleus(self.top_p)] if self.top_p < 1 else []
+        return {
+            "do_sample": True, "temperature": self.temperature, "top_p": None, "top_k": 0,
+            "logits_processor": LogitsProcessorList(nucleus),
+        }  # fmt: skip
 
 
 class _Stop(StoppingCriteria):

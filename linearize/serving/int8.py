@@ -1,6 +1,6 @@
 """Weights in 8 bits for decoding: half the bytes to read for each token; PyTorch's own kernel multiplies them as they are.
 
-torchao's weight-only form is compiled code's: called directly it was 2.8 times slower than bf16 here, and this one 1.4 times faster.
+torchao's weight-only form is made for compiled code: called directly it took 2.8 times as long as bf16, this one 0.7 times.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        scale = (weight.abs().amax(1).clamp(min=1e-30) / LARGEST).to(linear.weight.dtype)  # as the kernel takes it
+        steps = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)
+        self.register_buffer("weight", steps.to(torch.int8))
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,11 +40,9 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: Any) -> None:
-    """Put all linear layers of a model in 8 bits, in place; embeddings and mixers stay. UsageError where there are none, or no CPU."""
+    """Put all linear layers of a model in 8 bits, in place; embeddings and mixers stay. UsageError off the CPU, or without any."""
     if model.device.type != "cpu":
-        raise UsageError(
-            f"int8 weights are for decoding on a CPU, and the model is on {model.device.type}", "--int8", "--device cpu"
-        )
+        raise UsageError(f"weights in 8 bits run on a CPU, and the model is on {model.device.type}", "--int8", "--device cpu")
     found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     if not found:
         raise UsageError("this model has no linear layers that could be put in 8 bits", "--int8", "leave --int8 out")
