@@ -71,7 +71,7 @@ def evaluate(
     recall_tasks: RecallTasks = None,
     recall_lengths: RecallLengths = "512,1024",
     recall_depths: Depths = "0.25,0.75",
-    recall_samples: RecallSamples = 1,
+    recall_samples: RecallSamples = 2,
     speed: Speed = True,
     samples: Samples = True,
     tasks: Tasks = None,

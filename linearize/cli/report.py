@@ -40,7 +40,7 @@ def report(
     recall_tasks: measure.RecallTasks = None,
     recall_lengths: measure.RecallLengths = "512,1024",
     recall_depths: measure.Depths = "0.25,0.75",
-    recall_samples: measure.RecallSamples = 1,
+    recall_samples: measure.RecallSamples = 2,
     speed: measure.Speed = True,
     samples: measure.Samples = True,
     tasks: measure.Tasks = None,

@@ -68,15 +68,15 @@ class Figure:
 
 
 @contextmanager
-def figure(title: str, x: str = "", y: str = "", size: tuple[float, float] = SIZE) -> Iterator[Figure]:
-    """Draw within the block; neither pyplot nor any global setting is touched."""
+def figure(title: str, x: str = "", y: str = "", size: tuple[float, float] = SIZE, name: str = "") -> Iterator[Figure]:
+    """Draw within the block; neither pyplot nor any global setting is touched. `name` is read out, where the title is short."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "grid.color")
     settings: dict[str, Any] = dict.fromkeys(parts, INK)
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8.5, "axes.grid": True, "grid.alpha": 0.15}
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": name or title, "font.size": 8.5, "axes.grid": True, "grid.alpha": 0.15}
     settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "legend.fontsize": 7}
     with matplotlib.rc_context(settings):  # type: ignore[arg-type]
         canvas = Canvas(figsize=size, layout="constrained")
@@ -86,7 +86,7 @@ def figure(title: str, x: str = "", y: str = "", size: tuple[float, float] = SIZ
         yield made
         out = io.StringIO()
         canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    made.svg = inline(out.getvalue(), title)
+    made.svg = inline(out.getvalue(), name or title)
 
 
 def inline(svg: str, title: str) -> str:
@@ -175,7 +175,7 @@ def recall(task: str, who: str, label: str, rows: Sequence[Found]) -> str:
     if not own:
         return ""
     values = [[own.get((d, n), math.nan) for n in lengths] for d in depths]
-    with figure(f"{task}: {label}", "", "depth", (2.6, 1.7)) as made:
+    with figure(label, "tokens", "depth", (2.6, 1.8), f"{task}: {label}") as made:
         made.cells(values, [f"{d:g}" for d in depths], [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths], 1, True)
     return made.svg
 

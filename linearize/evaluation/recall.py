@@ -46,7 +46,7 @@ class Grid:
     tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (512, 1024)
     depths: tuple[float, ...] = (0.25, 0.75)
-    samples: int = 1
+    samples: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -91,18 +91,28 @@ def render(entries: Sequence[Entry]) -> str:
     tables = {"fidelity": fidelity(entries), "buckets": buckets(entries), "recall": recall(entries), "tasks": tasks(entries)}
     title = " · ".join(Path(entry.name).name for entry in entries)
     prefix = (lambda entry: f"{entry.name}: ") if many else (lambda entry: "")
-    given = {"title": title, "entries": entries, "plots": drawn, "grid": grid, "prefix": prefix, "crossings": crossings(entries)}
+    maps = [(task, [Markup(svg) for svg in own]) for task, own in recall_maps(entries)]
+    given = {
+        "title": title,
+        "entries": entries,
+        "plots": drawn,
+        "maps": maps,
+        "grid": grid,
+        "prefix": prefix,
+        "crossings": crossings(entries),
+    }
     return page.render(given | tables)
 
 
 def grid(made: Table) -> Any:
-    """A table; numbers stand right."""
+    """A table; columns of numbers stand right."""
     from markupsafe import Markup
 
     header, rows = made
+    right = [all(row[i][:1] in "0123456789-" for row in rows) for i in range(len(header))]
 
     def cell(kind: str, position: int, value: str) -> Any:
-        return Markup("<{0}{1}>{2}</{0}>").format(kind, Markup(' class="n"' if position else ""), value)
+        return Markup("<{0}{1}>{2}</{0}>").format(kind, Markup(' class="n"' if right[position] else ""), value)
 
     lines = [Markup("<tr>{}</tr>").format(Markup("").join(cell("th", i, x) for i, x in enumerate(header)))]
     for row in rows:
@@ -141,14 +151,33 @@ def buckets(entries: Sequence[Entry]) -> Table:
 
 
 def recall(entries: Sequence[Entry]) -> Table:
+    """A row for each task and length, a column for each model."""
+    columns = {label: (entry, who) for label, entry, who in recalling(entries)}
+    header = ("task", "tokens", "prompts", *columns)
+    asked = {(row["task"], row["length"]): row["samples"] for entry in entries for row in entry.found["recall_by_length"]}
     rows: list[Sequence[str]] = []
+    for (task, length), prompts in asked.items():
+        cells = []
+        for entry, who in columns.values():
+            own = [r["scores"] for r in entry.found["recall_by_length"] if (r["task"], r["length"]) == (task, length)]
+            cells.append(share(own[0][who]) if own and who in own[0] else "-")
+        rows.append((task, f"{length:,}", str(prompts), *cells))
+    return header, rows
+
+
+def share(score: Mapping[str, Any]) -> str:
+    low, high = (100 * x for x in score["interval"])
+    return f"{100 * score['accuracy']:.0f}% [{low:.0f}, {high:.0f}] · {100 * score['exact']:.0f}%"
+
+
+def recalling(entries: Sequence[Entry]) -> list[tuple[str, Entry, str]]:
+    """Label, checkpoint and name of each model that was asked: of several checkpoints the students, teacher and window once."""
+    found = []
     for entry in entries:
-        for row in entry.found["recall_by_length"]:
-            for who, score in row["scores"].items():
-                low, high = (100 * x for x in score["interval"])
-                where = (named(entries, entry, row["task"]), who, f"{row['length']:,}", str(row["samples"]))
-                rows.append((*where, f"{100 * score['accuracy']:.1f}% [{low:.0f}, {high:.0f}]", f"{100 * score['exact']:.0f}%"))
-    return ("task", "model", "tokens", "prompts", "of the answer", "whole answers"), rows
+        for who in dict.fromkeys(name for row in entry.found["recall"] for name in row["scores"]):
+            if entry is entries[0] or who == "student":
+                found.append((named(entries, entry, who) if who == "student" else who, entry, who))
+    return found
 
 
 def tasks(entries: Sequence[Entry]) -> Table | None:
@@ -207,19 +236,14 @@ def drawings(entries: Sequence[Entry]) -> dict[str, list[str]]:
         "positions": [plots.positions("Perplexity by position", curves)],
         "losses": [plots.losses(f"Loss of {Path(entry.name).name}", entry.metrics) for entry in entries],
         "layers": layers,
-        "recall": recall_maps(entries),
         "speed": speed,
     }
 
 
-def recall_maps(entries: Sequence[Entry]) -> list[str]:
-    """One map for each task and model: teacher and window once, where checkpoints are compared."""
+def recall_maps(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
+    """By task, a map for each model."""
     maps = []
     for task in dict.fromkeys(row["task"] for entry in entries for row in entry.found["recall"]):
-        for i, entry in enumerate(entries):
-            rows = entry.found["recall"]
-            for who in dict.fromkeys(name for row in rows for name in row["scores"]):
-                if i == 0 or who == "student":
-                    label = named(entries, entry, who) if who == "student" else who.partition(" +")[0]
-                    maps.append(plots.recall(task, who, label, rows))
+        drawn = [plots.recall(task, who, label, entry.found["recall"]) for label, entry, who in recalling(entries)]
+        maps.append((task, [svg for svg in drawn if svg]))
     return maps
