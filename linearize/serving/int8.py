@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
         steps = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)
         self.register_buffer("weight", steps.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.bias = linear.bias
+        self.bias: nn.Parameter | None = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
