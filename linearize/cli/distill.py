@@ -16,11 +16,9 @@ from linearize.errors import UsageError
 
 EXAMPLES = """\
 linearize distill smollm2-default
-linearize distill smollm2-default --data chats.jsonl --recall 0.05 --tokens 2M -o taught
-linearize distill smollm2-default --data teacher --data notes.txt
+linearize distill smollm2-default --data chats.jsonl --data teacher --recall 0.05 --tokens 2M -o taught
 linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets=q,v
-linearize distill smollm2-default --resume auto
-linearize distill smollm2-default --num-processes 2
+linearize distill smollm2-default --resume auto --num-processes 2
 linearize distill smollm2-default --stage long --set stages.long.sequence=32768 --num-processes 8 --sequence-parallel"""
 
 LEARN = "What it learns from"
