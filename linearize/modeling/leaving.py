@@ -78,13 +78,14 @@ class Leaving(Far):
     def _leave_through_slots(
         self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
     ) -> tuple[Part, Tensor | None]:
-        """Some windows' length of arrivals after another; one, where a score reads the memory as it was at that boundary."""
+        """Some windows' length of arrivals after another: one, where a score reads the memory as it was at that boundary, and where
+        all queries of a block read what its arrivals leave."""
         spec, dtype = self.spec, queries.near.dtype
         near = frame.queries(queries.near)
         features = None if queries.far is None else frame.queries(queries.far)
         route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
         slots, parts, reads, scores = held(state, dtype), [], [], []
-        length = spec.window * (1 if spec.scores_recall else max(1, ARRIVALS // spec.window))
+        length = spec.window * (1 if spec.scores_recall or spec.block > 1 else max(1, ARRIVALS // spec.window))
         for start in range(0, len(frame), length):
             block = slice(start, start + length)
             own = {name: x[:, :, block] for name, x in tokens.items()}

@@ -124,7 +124,7 @@ def fill_sinks(sinks: Tensor, new: Tensor, before: Tensor, after: Tensor) -> Ten
     position = torch.arange(sinks.shape[2], device=sinks.device)
     index = (position - before[:, None]).clamp(min=0, max=new.shape[2] - 1)
     fresh = (position >= before[:, None]) & (position < after[:, None])
-    taken = kept(new.gather(2, index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])), sinks.dtype)
+    taken = new.gather(2, index[:, None, :, None].expand_as(sinks)).to(sinks.dtype)
     return torch.where(fresh[:, None, :, None], taken, sinks)
 
 

@@ -22,7 +22,7 @@ from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
-from .storage import opened, rounded
+from .storage import kept, opened, rounded
 from .window import Part, Scores, entered, near_chunked, near_step, received_step
 
 
@@ -265,9 +265,10 @@ class Mixer(Leaving):
         """Keys and values of the sinks with those of the new tokens among them; where there are none, any keys serve."""
         if not self.spec.sinks:
             return s.k, s.v
-        for name, x in (("sink_k", s.k), ("sink_v", s.v)):
-            after[name] = fill_sinks(before[name], x, before["count"], after["count"])
-        return opened(after["sink_k"], s.k.dtype), opened(after["sink_v"], s.v.dtype)
+        held = [(before["sink_k"], s.k), (before["sink_v"], s.v)]
+        k, v = (fill_sinks(opened(old, x.dtype), x, before["count"], after["count"]) for old, x in held)
+        after["sink_k"], after["sink_v"] = kept(k, before["sink_k"].dtype), kept(v, before["sink_v"].dtype)
+        return k, v
 
     def _joined(self, near: Part, exact: Part | None) -> Part:
         return near if exact is None or self.ablate == "slots" else near.join(exact)
