@@ -211,7 +211,7 @@ def relative_weights(q: Tensor, k: Tensor, score: Scores, visible: Tensor) -> tu
     weights = score(folded, k, LOG2E).view(*q.shape[:3], k.shape[2])  # of base 2
     bound = torch.where(visible > 0, 0.0, -torch.inf)
     weights[..., weights.shape[-1] - visible.shape[-1] :].add_(bound)
-    top = weights.amax(-1, keepdim=True)
+    top = weights.detach().amax(-1, keepdim=True)
     return weights.sub_(top).exp2_(), top * LN2
 
 

@@ -300,7 +300,7 @@ def by_mode(module: Any, given: dict[str, Any]) -> float:
 
 
 def test_stages(subject: Subject) -> None:
-    """A pass under observation takes 4 s, the student's 2 s, a stock one 1 s: LoRA has one of the first two each, or two stock ones."""
+    """Observed passes take 4 s, the student's 2 s, stock ones 1 s: LoRA has one of the first two each, or two stock ones."""
     clock = clock_of(subject)
     moves(clock, subject.model, by_mode)
     moves(clock, subject.teacher, lambda module, given: 1.0)
