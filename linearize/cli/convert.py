@@ -30,6 +30,7 @@ def convert(
     set_: flags.Set = None,
     start: flags.StartFlag = flags.Start.calibrated,
     calibration: flags.Calibration = None,
+    held_out: flags.HeldOut = None,
     dtype: flags.DtypeFlag = flags.Dtype.auto,
     device: flags.Device = "auto",
     seed: flags.Seed = 0,
@@ -54,7 +55,7 @@ def convert(
         made = run(
             model, method=method, output=output, layers=layers, options=flags.options(set_ or ()), dtype=dtype.value,
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
-            start=start.value, overwrite=overwrite, progress=progress,
+            held_out=held_out, start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     causal = made.plan.architecture.causal
     show.plan(console, made.plan.to_dict())

@@ -21,55 +21,50 @@ linearize distill smollm2-default --recipe recipe.yaml --set stages.lora.targets
 linearize distill smollm2-default --resume auto --num-processes 2
 linearize distill smollm2-default --stage long --set stages.long.sequence=32768 --num-processes 8 --sequence-parallel"""
 
-LEARN = "What it learns from"
 Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SOURCE",
         help="A .txt, .jsonl or .parquet file, a folder, a hub data set, builtin, or teacher (sampled from it); may be repeated.",
-        rich_help_panel=LEARN, show_default="builtin",
+        rich_help_panel=flags.LEARN, show_default="builtin",
     ),
 ]  # fmt: skip
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="A recipe in YAML.", rich_help_panel=LEARN, show_default="the method's"),
+    typer.Option("--recipe", metavar="FILE", help="A recipe in YAML.", rich_help_panel=flags.LEARN, show_default="the method's"),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Over the recipe, as stages.lora.rank=4; may be repeated.", rich_help_panel=LEARN,
+        "--set", metavar="KEY=VALUE", help="Over the recipe, as stages.lora.rank=4; may be repeated.", rich_help_panel=flags.LEARN,
         show_default=False,
     ),
 ]  # fmt: skip
 Recall = Annotated[
     float | None,
     typer.Option(
-        min=0, max=0.9, metavar="SHARE", help="Share of rows that ask for what was hidden.", rich_help_panel=LEARN, show_default="0"
-    ),
-]
-HeldOut = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=99,
-        metavar="PERCENT",
-        help="Documents that stay unseen, by hash.",
-        rich_help_panel=LEARN,
-        show_default="10",
+        min=0,
+        max=0.9,
+        metavar="SHARE",
+        help="Share of rows that ask for what was hidden.",
+        rich_help_panel=flags.LEARN,
+        show_default="0",
     ),
 ]
 Tokens = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=LEARN, show_default="the recipe's"),
+    typer.Option(metavar="N", help="Tokens a stage: 200000, 200k, 2M.", rich_help_panel=flags.LEARN, show_default="the recipe's"),
 ]
 Stage = Annotated[
-    flags.StageKind, typer.Option(help="Which stages to run; all leaves out long unless the recipe has it.", rich_help_panel=LEARN)
+    flags.StageKind,
+    typer.Option(help="Which stages to run; all leaves out long unless the recipe has it.", rich_help_panel=flags.LEARN),
 ]
 Sequence = Annotated[
-    int | None, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=LEARN, show_default="1024")
+    int | None, typer.Option(min=8, metavar="N", help="Tokens a sequence.", rich_help_panel=flags.LEARN, show_default="1024")
 ]
 Batch = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=LEARN, show_default="1")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Sequences a step and process.", rich_help_panel=flags.LEARN, show_default="1"),
 ]
 Seed = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Of everything random.", rich_help_panel=flags.HOW, show_default="0")
@@ -150,7 +145,7 @@ def distill(
     directory: flags.Directory,
     data: Data = None,
     recall: Recall = None,
-    held_out: HeldOut = None,
+    held_out: flags.HeldOut = None,
     tokens: Tokens = None,
     stage: Stage = flags.StageKind.all,
     recipe: RecipeFile = None,

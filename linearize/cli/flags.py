@@ -11,7 +11,7 @@ import typer
 
 from linearize.errors import UsageError
 
-NEW, HOW, OUTPUT, DANGEROUS = "What becomes of it", "How it runs", "Output", "Dangerous"
+NEW, LEARN, HOW, OUTPUT, DANGEROUS = "What becomes of it", "What it learns from", "How it runs", "Output", "Dangerous"
 
 
 class Start(str, Enum):
@@ -136,7 +136,15 @@ StartFlag = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="PATH", help="Text to calibrate on.", rich_help_panel=NEW, show_default="built-in text"),
+    typer.Option(
+        "--calibration", metavar="PATH", help="Text to calibrate on.", rich_help_panel=LEARN, show_default="built-in text"
+    ),
+]
+HeldOut = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=99, metavar="PERCENT", help="Documents that stay unseen, by hash.", rich_help_panel=LEARN, show_default="10"
+    ),
 ]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Storage of the weights; auto keeps the model's.", rich_help_panel=HOW)]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)]

@@ -184,14 +184,14 @@ def own_text(model: Any) -> Tensor:
     return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
 
 
-def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None) -> Tensor:
+def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None, held_out: int | None = None) -> Tensor:
     """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
 
     As long as the plan's model takes them and, where that is an encoder, framed by its special tokens. Where slots go by a learnt
     score, more rows follow to fit it, every other one with something in it that is asked for at its end.
     """
     docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
-    training, _ = text.split(docs)
+    training, _ = text.split(docs, held_out or text.HELD_OUT_PERCENT)
     tokens = text.tokenise(tokenizer, training)
     limit = plan.max_positions if plan is not None and plan.max_positions else CALIBRATION_LENGTH
     length = min(CALIBRATION_LENGTH, limit, max(max(len(doc) for doc in tokens), 2))
@@ -220,11 +220,15 @@ def convert(
     trust_remote_code: bool = False,
     seed: int = 0,
     calibration: Path | None = None,
+    held_out: int | None = None,
     start: str = "calibrated",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Converted:
-    """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked."""
+    """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked.
+
+    `held_out` is the percentage of the calibration's documents, by hash, that it does not see.
+    """
     check_options(method, options, start)
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
@@ -237,7 +241,7 @@ def convert(
     on = pick_device(device)
     as_stored, costs = pick_dtype(dtype, source.stored_dtype, on), dict[int, float]()
     if plan.keeps:
-        costs = measure_swaps(plan, as_stored, on, calibration, seed, trust_remote_code, progress)
+        costs = measure_swaps(plan, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
         plan = plan.without(dearest(costs, plan.keeps))
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
@@ -245,7 +249,7 @@ def convert(
         shards = None if folder is None else release(loaded, folder, as_stored)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
-        ids = calibration_ids(tokenizer, calibration, plan)
+        ids = calibration_ids(tokenizer, calibration, plan, held_out)
         if shards is None:
             new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
         else:
@@ -257,13 +261,20 @@ def convert(
 
 
 def measure_swaps(
-    plan: Plan, dtype: torch.dtype, device: torch.device, calibration: Path | None, seed: int, trusted: bool, progress: Progress
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    calibration: Path | None,
+    held_out: int | None,
+    seed: int,
+    trusted: bool,
+    progress: Progress,
 ) -> dict[int, float]:
     """What each layer's swap costs, on the whole model in memory: KL in nats a token, by layer."""
     progress("load", 0, 1)
     loaded, tokenizer = load_source(plan.source, dtype, trusted)
     progress("load", 1, 1)
-    ids = calibration_ids(tokenizer, calibration, plan)
+    ids = calibration_ids(tokenizer, calibration, plan, held_out)
     student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
     return swap_costs(student, ids[:CALIBRATION_ROWS].to(device), progress)
 

@@ -32,7 +32,7 @@ PROMPT, ANSWER, CALIBRATION = 300, 256, 256
 SHORT, LONG = 512, 4096
 EXACT_PROMPT, EXACT_STEPS = 150, 12
 LOGITS, EXACT = 1e-3, 1e-8
-NOISE = 10.0
+NOISE = 17.0  # of one rounding: a random walk of some 300, ten in each layer
 SOFTMAX = 1e-4
 
 

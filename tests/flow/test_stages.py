@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from linearize import convert_model
+from linearize.cli.units import number
 from linearize.conversion.convert import convert
 from linearize.distillation import lora, stages
 from linearize.distillation.layer_losses import LayerCall
@@ -97,7 +98,7 @@ def test_what_a_stage_trains_is_said(folder: Path, text: Path, tmp_path: Path, c
     done = Cli(capsys)("distill", folder, *given)
     assert done.code == 0, done.err
     count = sum(x.numel() for name, x in load_file(folder / "model.safetensors").items() if ".linearize." in name)
-    said = f"{count / 1000:.1f} K float32"
+    said = f"{number(count)} float32"
     lines = [line for line in done.err.splitlines() if "trained=" in line]
     assert f"distill: attention  trained=mixers {said} lr 0.01" in lines[0]
     assert "trained=lora " in lines[1]
