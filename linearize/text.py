@@ -49,6 +49,10 @@ class Packed:
     def tokens(self) -> int:
         return self.ids.numel()
 
+    def first(self, tokens: int) -> Packed:
+        """The first tokens of each row alone."""
+        return replace(self, ids=self.ids[:, :tokens], positions=self.positions[:, :tokens])
+
 
 def tokenise(tokenizer: Any, docs: Iterable[str], limit: int | None = None) -> list[list[int]]:
     """Token ids of each document, ended by the tokenizer's end; stops after `limit` tokens."""

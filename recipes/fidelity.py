@@ -3,9 +3,10 @@
     text     whole held-out documents: perplexity at 1,024 tokens by kind of text, at 3,072-4,096 and to 8,192 of long ones
     recall   pass-key at 1k, 2k, 4k; S-NIAH 1-3 and multi-key at 1k, 2k, in essays that are held out too; what the model writes
 
-of teacher, student, student without a part, window and sinks of the same bytes, and every CONTROL (a linearized checkpoint, or a
-folder of transformers'), on the same tokens and prompts. Intervals are 95%: documents drawn again, in pairs for every ratio, and
-prompts likewise for every difference; of a share of prompts, Wilson's. `--held-out` is what `linearize distill --held-out` was.
+of teacher, student, student without a part (to 1,024 tokens), window and sinks of the same bytes, and every CONTROL (a linearized
+checkpoint, or a folder of transformers'), on the same tokens and prompts. Intervals are 95%: documents drawn again, in pairs for
+every ratio, and prompts likewise for every difference; of a share of prompts, Wilson's. `--held-out` is what `linearize distill
+--held-out` was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,15 +85,25 @@ def passages(tokenizer: Any, docs: Sequence[str], kinds: Mapping[str, str], long
     return Passages(Texts(rows, list(range(len(rows)))), [kinds.get(doc, "text") for doc, _ in chosen])
 
 
-def measure_text(variants: list[Variant], found: Passages, seed: int) -> tuple[dict[str, Any], list[Sums]]:
-    """By place in the documents: each variant's figures against the first one's, over the documents that reach there."""
-    sums = compare(variants, found.texts.rows, partial(told, "text"))
+def measure_text(
+    variants: list[Variant], found: Passages, rivals: Collection[str], seed: int
+) -> tuple[dict[str, Any], dict[str, Sums]]:
+    """By place in the documents: each variant's figures against the first one's, over the documents that reach there.
+
+    Only `rivals`, the first among them, are read beyond the first 1,024 tokens.
+    """
+    near = [variants[0], *(v for v in variants if v.name not in rivals)]
+    far = [v for v in variants if v.name in rivals]
+    short = compare(near, [row.first(SHORT) for row in found.texts.rows], partial(told, f"text to {SHORT:,}"))
+    every = compare(far, found.texts.rows, partial(told, "text"))
+    sums = {v.name: own for v, own in zip((*near, *far), (*short, *every), strict=True)}
+    sums = {v.name: sums[v.name] for v in variants}
     places: dict[str, Any] = {}
     for title, (rows, first, last) in ranges(found).items():
-        cells = [s.between(first, last)[rows] for s in sums]
-        weights = draws(rows, seed)
-        own = {v.name: figures(x, cells[0], weights) for v, x in zip(variants, cells, strict=True)}
-        places[title] = {"documents": len(rows), "tokens": int(cells[0][:, TOKENS].sum()), "rows": own}
+        cells = {name: s.between(first, last)[rows] for name, s in sums.items() if last <= SHORT or name in rivals}
+        weights, teacher = draws(rows, seed), cells[variants[0].name]
+        own = {name: figures(x, teacher, weights) for name, x in cells.items()}
+        places[title] = {"documents": len(rows), "tokens": int(teacher[:, TOKENS].sum()), "rows": own}
     return places, sums
 
 
@@ -126,13 +137,21 @@ def growth(teacher: Sums, student: Sums, rows: list[int], seed: int) -> Figures:
 
 
 def measure_recall(
-    variants: Sequence[Variant], tokenizer: Any, essays: Sequence[str], window: int, samples: int, seed: int
+    variants: Sequence[Variant],
+    tokenizer: Any,
+    essays: Sequence[str],
+    rivals: Collection[str],
+    window: int,
+    samples: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows by task and length, over all depths."""
-    rows, names = [], {v.name: v for v in variants}
+    """Rows by task and length, over all depths; longer prompts than 1,024 tokens are for `rivals` alone."""
+    rows = []
     for task, lengths in RECALL.items():
-        grid = Grid((task,), lengths, DEPTHS, samples, seed)
-        rows += retrieval(names, tokenizer, essays, grid, window, partial(told, task))
+        for length in lengths:
+            grid = Grid((task,), (length,), DEPTHS, samples, seed)
+            asked = {v.name: v for v in variants if length <= SHORT or v.name in rivals}
+            rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"{task} {length:,}"))
     return by_length(rows)
 
 
@@ -142,16 +161,17 @@ def difference(own: Sequence[float], other: Sequence[float], seed: int) -> Figur
     return {"value": float(apart.mean()), "interval": bounds(draws(range(len(apart)), seed) @ apart / len(apart))}
 
 
-def against(names: Sequence[str], sums: Sequence[Sums], found: Passages, recall: Sequence[Any], seed: int) -> dict[str, Figures]:
+def against(
+    places: Mapping[str, Any], sums: Mapping[str, Sums], names: Sequence[str], found: Passages, recall: Sequence[Any], seed: int
+) -> dict[str, Figures]:
     """The student beside each other variant: perplexity over its perplexity, recall less its recall."""
     made: dict[str, Figures] = {}
-    own = names.index("student")
     for name in names:
         if name == "student":
             continue
         entry: Figures = {}
-        for title, (rows, first, last) in (ranges(found) if sums else {}).items():
-            student, other = (sums[i].between(first, last)[rows] for i in (own, names.index(name)))
+        for title, (rows, first, last) in ((t, r) for t, r in ranges(found).items() if name in places.get(t, {}).get("rows", {})):
+            student, other = (sums[x].between(first, last)[rows] for x in ("student", name))
             told_ = figures(student, other, draws(rows, seed))
             entry[title] = {"value": told_["ratio"], "interval": told_["ratio_interval"]}
         pairs = [(r["scores"]["student"]["prompts"], r["scores"][name]["prompts"]) for r in recall if name in r["scores"]]
@@ -203,7 +223,10 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
         for name in names:
             cells = []
             for place in places.values():
-                own = place["rows"][name]
+                own = place["rows"].get(name)
+                if own is None:
+                    cells.append("")
+                    continue
                 ratio = {"value": own["ratio"], "interval": own["ratio_interval"]}
                 cells.append(f"{own['perplexity']:.2f}" if name == names[0] else spread(ratio))
             size, kl = found["state_bytes"][name], next(iter(places.values()))["rows"][name]["kl"]
@@ -218,7 +241,10 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
         for row in found["recall"]:
             cells = []
             for name in asked:
-                own = row["scores"][name]
+                own = row["scores"].get(name)
+                if own is None:
+                    cells.append("")
+                    continue
                 low, high = own["interval"]
                 cells.append(f"{100 * own['accuracy']:.0f} [{100 * low:.0f}, {100 * high:.0f}] / {100 * own['exact']:.0f}")
             rows.append([f"{row['task']} {row['length']:,}", *cells])
@@ -286,20 +312,22 @@ def main() -> None:
         variants.append(control(directory, args.dtype, args.device, model.dtype))
     kinds = kinds_of(args.data)
     chosen = passages(tokenizer, docs, kinds, args.documents, args.longest, args.segments)
-    places, sums, recall = {}, list[Sums](), list[dict[str, Any]]()
+    places, sums, recall = {}, dict[str, Sums](), list[dict[str, Any]]()
+    same_bytes = [v.name for v in variants if v.name.endswith("alone")][-1:]
+    rivals = {"teacher", "student", *same_bytes, *(d.name for d in args.controls)}
     if "text" in args.parts:
-        places, sums = measure_text(variants, chosen, args.seed)
+        places, sums = measure_text(variants, chosen, rivals, args.seed)
     if "recall" in args.parts:
         essays = [doc for doc in docs if args.haystack in (None, kinds.get(doc))]
         asked = [*recalling(variants), *(v for v in variants if v.name in {d.name for d in args.controls})]
         window = max(a.linearize.spec.window for a in attentions(model))
-        recall = measure_recall(asked, tokenizer, essays, window, max(args.prompts // len(DEPTHS), 1), args.seed)
+        recall = measure_recall(asked, tokenizer, essays, rivals, window, max(args.prompts // len(DEPTHS), 1), args.seed)
     names, far = [v.name for v in variants], chosen.which(LONGEST)
     found = {
         "student": str(args.student), "data": what, "names": names, "state_bytes": {v.name: v.state_bytes for v in variants},
         "text": places, "text_hash": chosen.texts.hash(), "recall": recall,
-        "growth": growth(sums[0], sums[names.index("student")], far, args.seed) if sums and far else None,
-        "against": against(names, sums, chosen, recall, args.seed), "environment": environment(model, args.seed),
+        "growth": growth(sums["teacher"], sums["student"], far, args.seed) if sums and far else None,
+        "against": against(places, sums, names, chosen, recall, args.seed), "environment": environment(model, args.seed),
         "seconds": round(time.monotonic() - began),
     }  # fmt: skip
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -9,12 +9,14 @@ import typer
 
 from linearize.cli import flags, show
 from linearize.cli.console import Console
+from linearize.errors import UsageError
 from linearize.methods import DEFAULT
 
 EXAMPLES = """\
 linearize convert smollm2
 linearize convert llama --method hedgehog
 linearize convert ./Qwen3-0.6B -m lolcats --set window=128 -o qwen-lolcats
+linearize convert smollm2 --state-budget 4MB
 linearize convert model.gguf --layers every:4 --dry-run"""
 PLAN_EXAMPLES = """\
 linearize plan smollm2
@@ -28,6 +30,7 @@ def convert(
     method: flags.MethodName = DEFAULT,
     layers: flags.Layers = None,
     set_: flags.Set = None,
+    state_budget: flags.StateBudget = None,
     start: flags.StartFlag = flags.Start.calibrated,
     calibration: flags.Calibration = None,
     held_out: flags.HeldOut = None,
@@ -46,6 +49,8 @@ def convert(
     Weights stay as they are; each attention layer gets a mixer whose new parameters are fitted to the
     softmax that it replaces. Writes <model>-<method> unless -o says otherwise.
     """
+    if dry_run and state_budget:
+        raise UsageError("a state budget measures the model", "--dry-run", "leave out one of the two")
     if dry_run:
         return plan(model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code)
     from linearize.conversion.convert import convert as run
@@ -53,10 +58,12 @@ def convert(
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            model, method=method, output=output, layers=layers, options=flags.options(set_ or ()), dtype=dtype.value,
+            model, method=method, output=output, layers=layers, options=flags.options(set_ or ()),
+            state_budget=flags.state_bytes(state_budget) if state_budget else None, dtype=dtype.value,
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
             held_out=held_out, start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    show.frontier(console, [layout.to_dict() for layout in made.frontier], made.plan.state_bytes)
     causal = made.plan.architecture.causal
     show.plan(console, made.plan.to_dict())
     show.swap_costs(console, made.swap_costs, made.plan.parts)

@@ -9,7 +9,7 @@ import typer
 
 from linearize.cli import flags
 from linearize.cli.console import Console
-from linearize.cli.units import span
+from linearize.ranges import span
 
 EXAMPLES = """\
 linearize export qwen3-gated-deltanet --to transformers

@@ -54,6 +54,14 @@ def counts(text: str) -> list[int]:
     return sorted({count(part) for part in text.replace(" ", "").split(",") if part})
 
 
+def state_bytes(text: str) -> int:
+    """Bytes: 4000000, 500KB or 4MB, of 10^3 and 10^6."""
+    try:
+        return count(text.strip().upper().removesuffix("B"))
+    except typer.BadParameter:
+        raise typer.BadParameter(f"'{text}' is not a size such as 500KB or 4MB") from None
+
+
 def new_folder(path: Path | None) -> Path | None:
     """Refuse `-o ""` and `-o .`: replacing the current folder is never meant."""
     if path is not None and path == Path():
@@ -140,6 +148,13 @@ Calibration = Annotated[
         "--calibration", metavar="PATH", help="Text to calibrate on.", rich_help_panel=LEARN, show_default="built-in text"
     ),
 ]
+StateBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Bytes of a sequence's state, as 4MB: the layout is found, by measuring each layer.",
+        rich_help_panel=NEW, show_default=False,
+    ),
+]  # fmt: skip
 HeldOut = Annotated[
     int | None,
     typer.Option(

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from linearize.cli.console import Column, Console
-from linearize.cli.units import clock, figure, groups, number, pairs, percent, size, span
+from linearize.cli.units import clock, figure, groups, number, pairs, percent, size
+from linearize.ranges import span
 
 
 def plan(console: Console, made: Mapping[str, Any]) -> None:
@@ -125,6 +126,27 @@ def swap_costs(console: Console, costs: Mapping[int, float], converted: Containe
     ]
     console.say()
     console.table((Column("layer"), Column("KL of its swap", True), Column("")), rows)
+
+
+def frontier(console: Console, found: Sequence[Mapping[str, Any]], chosen: int) -> None:
+    """What more bytes would buy, and the layout that was taken as a command."""
+    if not found:
+        return
+    worst = max(layout["recall"] for layout in found)
+    rows = [
+        (
+            "taken" if layout["bytes"] == chosen else "",
+            size(layout["bytes"]),
+            figure(layout["kl"], 4),
+            percent(layout["recall"] / worst if worst else None),
+        )
+        for layout in found
+    ]
+    heads = (Column("state / seq", True), Column("expected KL, nats a token", True), Column("recall lost, of the smallest's", True))
+    console.table((Column(""), *heads), rows)
+    taken = next(layout for layout in found if layout["bytes"] == chosen)
+    sets = "".join(f" --set {key}={value}" for key, value in taken["options"].items())
+    console.say(f"\nthe same  linearize convert MODEL --method '{taken['method']}'{sets}\n")
 
 
 def start_errors(console: Console, indices: Sequence[int], found: Sequence[float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 SHORT = {"tokens_per_second": "tok/s", "relative_error": "error"}
@@ -35,12 +34,6 @@ def figure(value: Any, digits: int = 2) -> str:
 
 def percent(value: Any) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def span(indices: Iterable[int]) -> str:
-    """0-3,7 for 0, 1, 2, 3, 7."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def pairs(options: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def start_mixers(
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         every, planned = Calibration(inputs, target), attention.linearize
-        calibration = every.first(CALIBRATION_ROWS)
+        calibration = every.part(slice(CALIBRATION_ROWS))
         torch.manual_seed(seeds[attention.linearize_index])
         with torch.device(device):
             mixer = attention.linearize = Mixer(planned.spec, planned.shape)

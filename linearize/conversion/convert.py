@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target
+from linearize.conversion.budget import SLOTS, Frontier, Layout
+from linearize.conversion.budget_costs import Rows, measure_costs
 from linearize.conversion.calibration import start_mixers
 from linearize.conversion.detection import auto_class
 from linearize.conversion.offload import ON_DISK, Shards, offload, release, scratch, spill
@@ -47,6 +49,7 @@ class Converted:
     plan: Plan
     errors: list[float]
     swap_costs: Mapping[int, float]
+    frontier: Sequence[Layout] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -54,6 +57,7 @@ class Converted:
             "plan": self.plan.to_dict(),
             "relative_error": self.errors,
             "swap_costs": dict(self.swap_costs),
+            "frontier": [layout.to_dict() for layout in self.frontier],
         }
 
 
@@ -214,6 +218,7 @@ def convert(
     output: Path | None = None,
     layers: str | None = None,
     options: Mapping[str, Any] | None = None,
+    state_budget: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -227,19 +232,26 @@ def convert(
 ) -> Converted:
     """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked.
 
-    `held_out` is the percentage of the calibration's documents, by hash, that it does not see.
+    `held_out` is the percentage of the calibration's documents, by hash, that it does not see. With `state_budget`, bytes of one
+    sequence's state, method and options are found instead of given: see `measure_frontier`.
     """
     check_options(method, options, start)
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
     if calibration is not None:
         documents(str(calibration))  # a bad file is said before the model is loaded
+    if state_budget is not None and (method != DEFAULT or options):
+        raise UsageError("a state budget finds method and options itself", "--state-budget", "leave out --method and --set")
     source = resolve(model, revision, trust_remote_code)
-    plan = plan_for(source, method, layers, options or {}, start)
-    target = output or Path(f"{source.name}-{file_name(method)}")
+    target = output or Path(f"{source.name}-{file_name(method) if state_budget is None else f'{state_budget // 1000}KB'}")
     check_target(target, overwrite, source.path)
     on = pick_device(device)
-    as_stored, costs = pick_dtype(dtype, source.stored_dtype, on), dict[int, float]()
+    as_stored, costs, shown = pick_dtype(dtype, source.stored_dtype, on), dict[int, float](), list[Layout]()
+    if state_budget is not None:
+        frontier = measure_frontier(source, layers, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
+        found, shown = frontier.within(state_budget), frontier.shown(state_budget)
+        method, options = found.method, found.options
+    plan = plan_for(source, method, layers, options or {}, start)
     if plan.keeps:
         costs = measure_swaps(plan, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
         plan = plan.without(dearest(costs, plan.keeps))
@@ -257,7 +269,30 @@ def convert(
         progress("save", 0, 1)
         save(new, tokenizer, target, overwrite=overwrite, recipe={"swap_costs": costs} if costs else None)
         progress("save", 1, 1)
-    return Converted(target, plan, errors, costs)
+    return Converted(target, plan, errors, costs, shown)
+
+
+def measure_frontier(
+    source: Source, layers: str | None, dtype: torch.dtype, device: torch.device, calibration: Path | None, held_out: int | None,
+    seed: int, trusted: bool, progress: Progress,
+) -> Frontier:  # fmt: skip
+    """The best layouts of any state size, out of `budget.candidates`, by what each costs each layer on the calibration text.
+
+    The whole model is in memory. UnsupportedError for an encoder, which keeps no state.
+    """
+    plan = plan_for(source, "window", layers, {"slots": SLOTS[0], "slot_score": "learned"}, STARTS[0])
+    if not plan.architecture.causal:
+        raise UnsupportedError("an encoder keeps no state from call to call", source.id, "leave out --state-budget")
+    if plan.keeps:
+        raise UsageError(
+            "the layers to keep cannot be measured together with a state budget", "--layers", f"--layers keep:{plan.keeps}"
+        )
+    progress("load", 0, 1)
+    loaded, tokenizer = load_source(source, dtype, trusted)
+    progress("load", 1, 1)
+    ids = calibration_ids(tokenizer, calibration, plan, held_out)
+    model = attach(loaded.to(device).eval(), plan.config_field())
+    return Frontier(measure_costs(model, plan, Rows.of(ids), seed, progress))
 
 
 def measure_swaps(

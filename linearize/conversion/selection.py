@@ -7,7 +7,7 @@ from typing import Any
 
 from linearize.conversion.architectures import Architecture
 from linearize.errors import InputError
-from linearize.methods.layout import listed
+from linearize.ranges import listed
 
 AUTO = "keep:auto:"
 FIX = "all, full, a list such as 0-5,9, every:4 (each 4th stays softmax), keep:25% or keep:auto:3 (the dearest stay)"

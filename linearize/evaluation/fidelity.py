@@ -79,7 +79,7 @@ def window_alone(spec: MixerSpec, window: int = 0) -> MixerSpec:
     sinks = max(own.sinks, BASELINE_SINKS)
     return MixerSpec(
         window=window or own.window, window_kind="sliding" if window else own.window_kind, sinks=sinks,
-        merge="near", feature_map="identity", share_kv=True,
+        merge="near", feature_map="identity", share_kv=True, kv_dtype=own.kv_dtype,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def teacher_of(host: Any) -> Variant:
 def variants_of(model: Any, host: Any) -> list[Variant]:
     """Teacher first (where there is one), then the student, its halves, and the windows alone.
 
-    Bytes of keys and values that are kept exact are those of the model's dtype.
+    Bytes of keys and values that are kept exact are those of the model's dtype, or of what the student stores them in.
     """
     mixers = [attention.linearize for attention in attentions(model)]
     specs, shapes, item = [m.spec for m in mixers], [m.shape for m in mixers], model.dtype.itemsize

@@ -22,11 +22,11 @@ class Calibration:
     target: Tensor
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def first(self, rows: int) -> Calibration:
-        """The first rows alone."""
+    def part(self, rows: slice) -> Calibration:
+        """Some of the rows alone."""
         every = {name: getattr(self.inputs, name) for name in ROWS}
-        cut = {name: x[:rows] for name, x in every.items() if x is not None}
-        return Calibration(replace(self.inputs, **cut), self.target[:rows])
+        cut = {name: x[rows] for name, x in every.items() if x is not None}
+        return Calibration(replace(self.inputs, **cut), self.target[rows])
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at keys that it does not see."""

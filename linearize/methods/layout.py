@@ -10,6 +10,7 @@ from linearize import methods
 from linearize.errors import InputError
 from linearize.methods.base import AXES, CALIBRATED, Method, Stage
 from linearize.modeling.spec import MixerSpec, Shape
+from linearize.ranges import listed
 
 SOFTMAX = "softmax"
 
@@ -72,15 +73,6 @@ def listed_layers(key: str, layers: str) -> list[int]:
         return listed(layers)
     except ValueError:
         raise InputError(f"cannot read the layers of '{key}'", "--set", "as in: --set slots@7-8,20=600") from None
-
-
-def listed(layers: str) -> list[int]:
-    """`0-2,9` as [0, 1, 2, 9]; ValueError for anything else."""
-    found: set[int] = set()
-    for part in layers.split(","):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
-    return sorted(found)
 
 
 def expand(name: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import pytest
 from cli.tiny import Cli
 from linearize import methods
 from linearize.cli import console, units
+from linearize.ranges import span
 
 
 def test_methods_lists_every_method(cli: Cli) -> None:
@@ -119,7 +120,7 @@ def test_sizes_are_decimal(count: float | None, text: str) -> None:
 
 
 def test_spans() -> None:
-    assert units.span([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert span([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
 def test_json_holds_no_nan() -> None:

@@ -72,8 +72,9 @@ def test_one_command_fills_the_table(
     )
     assert found["against"]["made"]["512-1,024"] == {"value": 1.0, "interval": [1.0, 1.0]}  # in pairs, itself is itself
     assert found["against"]["made"]["recall"] == {"value": 0.0, "interval": [0.0, 0.0]}
-    for place in places.values():
+    for title, place in places.items():
         assert place["rows"]["made"] == place["rows"]["student"]
+        assert ("student, window off" in place["rows"]) == title.startswith("first")
         assert place["rows"]["tiny"]["perplexity"] == pytest.approx(
             place["rows"]["teacher"]["perplexity"], rel=1e-5
         )  # its own softmax

@@ -1,0 +1,150 @@
+"""The best layout for a number of bytes: which candidate each layer becomes, from what each costs. Torch-free.
+
+Costs add up over layers (to second order in what a layer's output is off), so the best layouts are those of a Lagrangian: each
+layer's candidates on the lower convex hull of cost over bytes, bought in order of what a byte gains.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from linearize.errors import InputError
+from linearize.ranges import span
+
+SINKS, WINDOW = 4, 64
+WINDOWS = (16, 32, 64, 128, 256, 512)
+SLOTS = (64, 128, 256, 384, 512, 640)
+MEMORIES = ((64, 16), (64, 0), (128, 16), (128, 0))  # window and columns of the map; 0 is the head dimension
+STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
+Options = Mapping[str, Any]
+
+
+def candidates() -> list[tuple[str, Options]]:
+    """Method and options of all that a layer may become, the smallest first: windows, windows with slots, windows with a memory."""
+    exact: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
+    slotted: list[tuple[str, Options]] = [("window", {"window": WINDOW, "slots": m, "slot_score": "learned"}) for m in SLOTS]
+    far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": dim}) for w, dim in MEMORIES]
+    return [(method, {**options, **STORED}) for method, options in (*exact, *slotted, *far)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate in one layer: bytes of a sequence's state, KL in nats a token, and what it costs recall, of which only ratios
+    mean something."""
+
+    layer: int
+    method: str
+    options: Options
+    bytes: int
+    kl: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One choice a layer."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(choice.bytes for choice in self.choices)
+
+    @property
+    def kl(self) -> float:
+        return sum(choice.kl for choice in self.choices)
+
+    @property
+    def recall(self) -> float:
+        return sum(choice.recall for choice in self.choices)
+
+    @property
+    def method(self) -> str:
+        """As `--method` takes it: window*3,default*2."""
+        runs = [(name, len(list(run))) for name, run in groupby(choice.method for choice in self.choices)]
+        return ",".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `--set` takes them: the commonest value for all layers, others for theirs."""
+        found: dict[str, Any] = {}
+        for key in dict.fromkeys(key for choice in self.choices for key in choice.options):
+            having = {choice.method for choice in self.choices if key in choice.options}
+            said = [choice for choice in self.choices if choice.method in having]
+            values = Counter(choice.options[key] for choice in said if key in choice.options)
+            common = values.most_common(1)[0][0] if all(key in choice.options for choice in said) else None
+            if common is not None:
+                found[key] = common
+            for value in values:
+                if value != common:
+                    found[f"{key}@{span(c.layer for c in said if c.options.get(key) == value)}"] = value
+        return found
+
+    def with_choice(self, choice: Choice) -> Layout:
+        return Layout(tuple(choice if own.layer == choice.layer else own for own in self.choices))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "kl": self.kl, "recall": self.recall, "method": self.method, "options": self.options}
+
+
+class Frontier:
+    """All best layouts of a model, from the smallest to the largest."""
+
+    def __init__(self, choices: Iterable[Choice]) -> None:
+        self.layers: dict[int, list[Choice]] = {}
+        for choice in choices:
+            self.layers.setdefault(choice.layer, []).append(choice)
+        least = [min(own, key=lambda c: c.bytes) for own in self.layers.values()]
+        self.scale = (max(sum(c.kl for c in least), 1e-12), max(sum(c.recall for c in least), 1e-12))
+        smallest = Layout(tuple(min(own, key=lambda c: (c.bytes, self.cost(c))) for _, own in sorted(self.layers.items())))
+        steps = sorted((step for own in self.layers.values() for step in self._steps(own)), key=lambda step: -step[0])
+        self.layouts = [smallest]
+        for _, choice in steps:
+            self.layouts.append(self.layouts[-1].with_choice(choice))
+
+    def cost(self, one: Choice | Layout) -> float:
+        """Half KL, half recall, each as a share of what the smallest layout costs."""
+        return 0.5 * one.kl / self.scale[0] + 0.5 * one.recall / self.scale[1]
+
+    def _steps(self, own: Sequence[Choice]) -> list[tuple[float, Choice]]:
+        """What a byte gains from corner to corner of the lower convex hull, and the corner: gains fall."""
+        at, found = min(own, key=lambda c: (c.bytes, self.cost(c))), []
+        while better := [c for c in own if c.bytes > at.bytes and self.cost(c) < self.cost(at)]:
+            here = at
+            at = max(better, key=lambda c: (self.gain(here, c), c.bytes))
+            found.append((self.gain(here, at), at))
+        return found
+
+    def gain(self, one: Choice, other: Choice) -> float:
+        """Of cost, a byte."""
+        return (self.cost(one) - self.cost(other)) / (other.bytes - one.bytes)
+
+    def within(self, budget: int) -> Layout:
+        """The best layout of at most `budget` bytes: the last on the frontier, and what is left spent where it gains most.
+
+        InputError where not even the smallest fits.
+        """
+        if self.layouts[0].bytes > budget:
+            least = self.layouts[0].bytes
+            raise InputError(f"{budget:,} bytes are too few", "--state-budget", f"--state-budget {-(-least // 1000)}KB, the least")
+        found = max((layout for layout in self.layouts if layout.bytes <= budget), key=lambda layout: layout.bytes)
+        while fits := list(self._fitting(found, budget - found.bytes)):
+            found = found.with_choice(max(fits)[-1])
+        return found
+
+    def _fitting(self, layout: Layout, room: int) -> Iterable[tuple[float, int, int, Choice]]:
+        for place, choice in enumerate(layout.choices):
+            for number, other in enumerate(self.layers[choice.layer]):
+                if 0 < other.bytes - choice.bytes <= room and self.cost(other) < self.cost(choice):
+                    yield self.gain(choice, other), place, number, other
+
+    def shown(self, budget: int, points: int = 8) -> list[Layout]:
+        """A few layouts, evenly spread on a logarithmic scale, and that of the budget."""
+        low, high = self.layouts[0].bytes, self.layouts[-1].bytes
+        sizes = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+        spread = [max((x for x in self.layouts if x.bytes <= size * 1.001), key=lambda x: x.bytes) for size in sizes]
+        return sorted({layout.bytes: layout for layout in (*spread, self.within(budget))}.values(), key=lambda x: x.bytes)

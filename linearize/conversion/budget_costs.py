@@ -1,0 +1,152 @@
+"""What each layer would cost as each candidate: KL to the teacher on text, and what recall loses, to second order.
+
+With g_t the gradient of log p(y) by the output of a layer's attention at token t, y drawn from the teacher itself, and d_t by how
+much a candidate's output is off, KL = 1/2 E (sum_t g_t d_t)^2, the Fisher form; errors of tokens and layers count as independent,
+so one backward pass of the teacher serves all candidates of all layers. Where something said before is asked for, the teacher is
+so sure of its answer that log p hardly moves: there the gradient is that of the log odds, log p - log (1 - p).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.conversion.budget import Choice, Options, candidates
+from linearize.conversion.plan import Plan, plan_for
+from linearize.conversion.streaming import CALIBRATION_ROWS, SCORE_ROWS
+from linearize.methods.calibration import Calibration
+from linearize.methods.layout import Place
+from linearize.methods.slot_fit import fit_slot_score
+from linearize.modeling.attention import LinearizedAttention
+from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.progress import Progress
+
+TEXT_ROWS, ASKED_ROWS = 4, 6  # measured, the rest is fitted to
+TEXT_TOKENS, ASKED_TOKENS = 512, 8  # at the end of a row, whose predictions count
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Calibration rows (N, T) in order: fitted to, measured as text (so many), measured where something is asked for."""
+
+    ids: Tensor
+    text: int
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Rows:
+        """Rows of text, and after them SCORE_ROWS // 2 that ask, each kind cut into fitted and measured."""
+        text, asked = ids[: len(ids) - SCORE_ROWS // 2], ids[len(ids) - SCORE_ROWS // 2 :]
+        last = min(TEXT_ROWS, len(text))
+        return cls(torch.cat([text[:-last], asked[:-ASKED_ROWS], text[-last:], asked[-ASKED_ROWS:]]), last)
+
+    @property
+    def fitted(self) -> slice:
+        return slice(len(self.ids) - self.text - ASKED_ROWS)
+
+    def counted(self, measured: int) -> int:
+        """How many predictions count at the end of one of the measured rows."""
+        return min(TEXT_TOKENS if measured < self.text else ASKED_TOKENS, self.ids.shape[1] - 1)
+
+    @property
+    def measured(self) -> slice:
+        return slice(self.fitted.stop, None)
+
+
+def measure_costs(model: Any, plan: Plan, rows: Rows, seed: int, progress: Progress) -> list[Choice]:
+    """Every candidate in every layer of a model with the plan's mixers attached, which are not used."""
+    gradients = output_gradients(model, rows, seed, progress)
+    places = [(name, own, plans_of(plan, name, own)) for name, own in candidates()]
+    found: list[Choice] = []
+
+    def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        layer, every = attention.linearize_index, Calibration(inputs, target)
+        kept: dict[str, Tensor] = {}
+        for name, own, parts in places:
+            place = parts[layer]
+            mixer = started(place, plan, every.part(rows.fitted), kept, seed)
+            kl, recall = cost(mixer, every.part(rows.measured), gradients[layer], rows)
+            found.append(Choice(layer, name, own, place.mixer.state_bytes(plan.shape), kl, recall))
+        progress("weigh", len(found) // len(places), len(plan.parts))
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), observed(model, observe), mode(model, "observe"):
+        model(rows.ids.to(model.device), logits_to_keep=1)
+    return found
+
+
+def plans_of(plan: Plan, method: str, options: Options) -> Mapping[int, Place]:
+    """What each layer of the plan would be under another method."""
+    layers = ",".join(map(str, sorted(plan.parts)))
+    return plan_for(plan.source, method, layers, options, plan.start).parts
+
+
+def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tensor], seed: int) -> Mixer:
+    """A mixer as conversion would start it; a learnt score is fitted once a layer and `kept`."""
+    torch.manual_seed(seed)
+    with torch.device(fitted.target.device):
+        mixer = Mixer(place.mixer, plan.shape).eval()
+    if mixer.slot_score is not None:
+        if not kept:
+            fit_slot_score(mixer, fitted)
+            kept.update(mixer.slot_score.state_dict())
+        mixer.slot_score.load_state_dict(kept)
+    if mixer.spec.has_far:
+        place.method.initialise(mixer, fitted.part(slice(CALIBRATION_ROWS)))
+    return mixer
+
+
+def cost(mixer: Mixer, measured: Calibration, gradient: Tensor, rows: Rows) -> tuple[float, float]:
+    """KL in nats a token on text, and the same form of the log odds a token that is asked for."""
+    off = mixer(measured.inputs)[0].float() - measured.target.float()  # (N, T, H, V)
+    squares = (off * gradient.to(off)).sum((2, 3)).square().sum(1) / 2
+    text, asked = squares[: rows.text].mean(), squares[rows.text :].mean()
+    return float(text) / rows.counted(0), float(asked) / rows.counted(rows.text)
+
+
+def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> dict[int, Tensor]:
+    """By layer, the gradients (N, T, H, V) of what counts in measured rows by the attention's output; a row at a time."""
+    found: dict[int, list[Tensor]] = {attention.linearize_index: [] for attention in attentions(model)}
+
+    def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        own = found[attention.linearize_index]
+        target.register_hook(lambda gradient: own.append(gradient.to(target.dtype)))
+
+    needed = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    draw = torch.Generator().manual_seed(seed)
+    try:
+        with torch.enable_grad(), observed(model, observe), mode(model, "observe"):
+            for i, row in enumerate(rows.ids[rows.measured]):
+                count = rows.counted(i)
+                logits = model(row[None].to(model.device), use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
+                if i < rows.text:
+                    log_probability(logits.float(), drawn(logits, draw)).sum().backward()
+                else:
+                    log_odds(logits.float(), row[-count:].to(logits.device)).sum().backward()
+                progress("gradients", i + 1, rows.text + ASKED_ROWS)
+    finally:
+        model.disable_input_require_grads()
+        for parameter in needed:
+            parameter.requires_grad_(True)
+    return {layer: torch.cat(own) for layer, own in found.items()}
+
+
+def drawn(logits: Tensor, draw: torch.Generator) -> Tensor:
+    """A token of each distribution."""
+    return torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=draw)[:, 0].to(logits.device)
+
+
+def log_probability(logits: Tensor, told: Tensor) -> Tensor:
+    """log p of tokens (n,) under logits (n, vocabulary)."""
+    return -torch.nn.functional.cross_entropy(logits, told, reduction="none")
+
+
+def log_odds(logits: Tensor, told: Tensor) -> Tensor:
+    """log p - log (1 - p): the logit, less the logsumexp of all others."""
+    own = logits.gather(1, told[:, None])[:, 0]
+    return own - logits.scatter(1, told[:, None], -torch.inf).logsumexp(-1)

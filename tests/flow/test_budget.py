@@ -1,0 +1,134 @@
+"""The state budget: the frontier is the best there is, costs predict what a swap does, and a conversion takes what it found."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from cli.tiny import TEXT, Cli, write_model
+
+from linearize.conversion.budget import Choice, Frontier, Layout, candidates
+from linearize.conversion.budget_costs import ASKED_ROWS, Rows, log_odds, measure_costs
+from linearize.conversion.convert import attach
+from linearize.conversion.plan import plan_for
+from linearize.conversion.ranking import alone
+from linearize.conversion.sources import Source
+from linearize.conversion.streaming import SCORE_ROWS
+from linearize.errors import InputError
+from linearize.methods.layout import check_options, layout
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.modeling_linearized import attentions, mode
+from linearize.testing.families import tiny_family
+
+
+def random_choices(seed: int, layers: int = 3, each: int = 5) -> list[Choice]:
+    draw = Random(seed)
+    return [
+        Choice(layer, "window", {"window": 8 + i}, draw.randint(1, 40), draw.random(), draw.random())
+        for layer, i in product(range(layers), range(each))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_layout_of_as_few_bytes_is_better_than_one_on_the_frontier(seed: int) -> None:
+    choices = random_choices(seed)
+    frontier = Frontier(choices)
+    every = [Layout(found) for found in product(*(frontier.layers[layer] for layer in sorted(frontier.layers)))]
+    sizes = [x.bytes for x in frontier.layouts]
+    assert sizes == sorted(set(sizes))
+    for found in frontier.layouts:
+        best = min(frontier.cost(x) for x in every if x.bytes <= found.bytes)
+        assert frontier.cost(found) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_is_kept_and_what_is_left_is_spent(seed: int) -> None:
+    frontier = Frontier(random_choices(seed))
+    for budget in range(frontier.layouts[0].bytes, frontier.layouts[-1].bytes + 20, 7):
+        found = frontier.within(budget)
+        assert found.bytes <= budget
+        on = max((x for x in frontier.layouts if x.bytes <= budget), key=lambda x: x.bytes)
+        assert frontier.cost(found) <= frontier.cost(on) + 1e-12
+        for choice in (c for own in frontier.layers.values() for c in own):
+            other = found.with_choice(choice)
+            assert other.bytes > budget or other.bytes <= found.bytes or frontier.cost(other) >= frontier.cost(found)
+    with pytest.raises(InputError, match="bytes are too few"):
+        frontier.within(frontier.layouts[0].bytes - 1)
+
+
+def test_a_layout_is_told_as_flags_that_give_it_back() -> None:
+    draw = Random(0)
+    picked = [draw.choice(candidates()) for _ in range(12)]
+    made = Layout(tuple(Choice(i, name, options, 1, 0.0, 0.0) for i, (name, options) in enumerate(picked)))
+    check_options(made.method, made.options)
+    for i, (name, options) in enumerate(picked):
+        place = layout(made.method, made.options, layer=i)[i]
+        assert place is not None
+        assert place.name == name
+        for key, value in options.items():
+            assert getattr(place.mixer, key) == value
+
+
+def test_costs_tell_what_a_swap_does() -> None:
+    """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
+    base = tiny_family("llama").double()
+    torch.manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (SCORE_ROWS + 2, 96))
+    source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
+    plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
+    model = attach(base.eval(), plan.config_field())
+    rows = Rows.of(ids)
+    found = measure_costs(model, plan, rows, 0, lambda *_, **__: None)
+    assert len(found) == len(candidates()) * len(plan.parts)
+    told = {(c.layer, c.options["window"]): c.kl for c in found if c.method == "window" and not c.options["slots"]}
+    text = rows.ids[rows.measured][: rows.text]
+    with torch.no_grad():
+        with mode(model, "observe"):
+            teacher = model(text).logits[:, :-1].log_softmax(-1)
+        for attention, window in product(attentions(model), (512,)):
+            options = next(own for name, own in candidates() if own["window"] == window)
+            place = plan_for(source, "window", None, options, "calibrated").parts[attention.linearize_index]
+            attention.linearize = Mixer(place.mixer, plan.shape)
+            with alone(model, attention):
+                student = model(text).logits[:, :-1].log_softmax(-1)
+            real = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+            assert real / 2 < told[attention.linearize_index, window] < real * 2
+
+
+def test_rows_are_fitted_or_measured() -> None:
+    ids = torch.arange(SCORE_ROWS + 2)[:, None].expand(-1, 8)
+    rows = Rows.of(ids)
+    assert sorted(rows.ids[:, 0].tolist()) == list(range(SCORE_ROWS + 2))
+    assert rows.ids[rows.measured][:, 0].tolist()[rows.text :] == list(range(SCORE_ROWS + 2 - ASKED_ROWS, SCORE_ROWS + 2))
+    short = Rows.of(ids[-SCORE_ROWS // 2 - 1 :])
+    assert short.text == 1
+    assert short.ids[short.fitted].shape[0] == SCORE_ROWS // 2 - ASKED_ROWS
+
+
+def test_log_odds_do_not_saturate() -> None:
+    logits = torch.tensor([[30.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(log_odds(logits, torch.tensor([0, 1])), torch.tensor([30.0, 0.0]) - torch.tensor(2.0).log())
+
+
+def test_convert_finds_a_layout_and_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, cli = write_model(tmp_path / "tiny"), Cli(capsys)
+    (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
+    flags = ("--calibration", tmp_path / "book.txt", "-o", tmp_path / "out")
+    done = cli("convert", source, "--state-budget", "12KB", *flags)
+    assert done.code == 0, done.err
+    assert "taken" in done.out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["linearize"]
+    assert f"--method '{config['method']}'" in " ".join(done.out.split())
+    again = cli("convert", source, "--state-budget", "12KB", *flags, "--overwrite", "--json")
+    made = json.loads(again.out)
+    assert made["plan"]["state_bytes"] <= 12_000
+    assert made["plan"]["options"] == config["options"]
+    assert made["plan"]["state_bytes"] in [layout["bytes"] for layout in made["frontier"]]
+    assert cli("convert", source, "--state-budget", "1KB", *flags, "--overwrite").code == 3
+    for more in (("--method", "hedgehog"), ("--set", "window=8"), ("--dry-run",)):
+        assert cli("convert", source, "--state-budget", "12KB", *more, *flags, "--overwrite").code == 2
+    assert cli("convert", source, "--state-budget", "much", *flags).code == 2
