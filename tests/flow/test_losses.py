@@ -146,6 +146,7 @@ def test_weights_weigh(name: str) -> None:
 def test_logit_losses() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 300, 11, dtype=torch.float64)
+    student = student.clone().requires_grad_(True)
     weight, targets = torch.rand(300, dtype=torch.float64), torch.randint(0, 11, (300,))
     hidden = [(torch.randn(300, 5).double(), torch.randn(300, 5).double()) for _ in range(3)]
     call = LogitCall(student, targets, weight, teacher, 2.0, hidden)
@@ -157,7 +158,11 @@ def test_logit_losses() -> None:
     }
     assert LOGIT_LOSSES.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(LOGIT_LOSSES[name](call)) == pytest.approx(float(value), rel=1e-9), name
+        found = LOGIT_LOSSES[name](call)
+        assert found.item() == pytest.approx(value.item(), rel=1e-9), name
+        if name != "hidden":
+            own, by_autograd = (torch.autograd.grad(3 * x, student)[0] for x in (found, value))
+            assert torch.allclose(own, by_autograd, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
