@@ -102,7 +102,7 @@ def test_what_a_stage_trains_is_said(folder: Path, text: Path, tmp_path: Path, c
     lines = [line for line in done.err.splitlines() if "trained=" in line]
     assert f"distill: attention  trained=mixers {said} lr 0.01" in lines[0]
     assert "trained=lora " in lines[1]
-    assert f"float32 lr 0.0001, mixers {said} lr 0.002" in lines[1]
+    assert f"float32 lr 0.0002, mixers {said} lr 0.002" in lines[1]
 
 
 def test_an_adapter_on_projections_that_are_one_matrix() -> None:
