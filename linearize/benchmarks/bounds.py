@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from linearize.devices import fastest, matmul_rate, read_rate
 from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.timing import Spread
+from linearize.serving.int8 import Int8Linear
 from linearize.testing.models import tiny_llama
 
 SECONDS = 0.5  # that each measurement of the machine takes
@@ -113,7 +114,8 @@ def weight_bytes(model: Any) -> int:
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight.data_ptr() == inputs.weight.data_ptr()
     apart = set() if tied else {id(p) for p in inputs.parameters()}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in apart)
+    small = [b for module in model.modules() if isinstance(module, Int8Linear) for b in module.buffers()]
+    return sum(x.numel() * x.element_size() for x in (*model.parameters(), *small) if id(x) not in apart)
 
 
 def row(name: str, seconds: Spread, work: Work, tokens: int, **facts: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from linearize.benchmarks.subject import Subject, open_subject
 from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.timing import in_turn
 from linearize.progress import Progress, silent
+from linearize.serving.compiled import compile_step
+from linearize.serving.int8 import quantize
 
 CONTEXTS, FLAT, STEPS = (16, 2048, 8192), (100, 1000, 10_000, 100_000), 20
 STUDENT, TEACHER = "student", "teacher"
@@ -35,8 +37,23 @@ def snapshots(subject: Subject, model: Any, contexts: Sequence[int], name: str) 
     return found
 
 
+def students_of(subject: Subject, compiled: bool, int8: bool) -> dict[str, Any]:
+    """The student in each form that is asked for: as it is, with weights in 8 bits, and each of them compiled."""
+    found = {STUDENT: subject.model}
+    if int8:
+        found[f"{STUDENT}, int8"] = copy.deepcopy(subject.model)
+        quantize(found[f"{STUDENT}, int8"])
+    for name, model in list(found.items()) if compiled else ():
+        found[f"{name}, compiled"] = copy.copy(model)
+        compile_step(found[f"{name}, compiled"], report=subject.progress)
+    return found
+
+
 def stepper(model: Any, cache: Any) -> Reader:
-    """A reader that goes on from a copy of that cache."""
+    """A reader that goes on from a copy of that cache; where steps are compiled, in buffers of its own."""
+    if getattr(model, "linearize_step", None) is not None:
+        model = copy.copy(model)
+        compile_step(model)
     reader = Reader(Variant("", model))
     reader.cache = copy.deepcopy(cache)
     return reader
@@ -61,9 +78,10 @@ def static(subject: Subject, cache: Any, room: int) -> Any:
     return made
 
 
-def forms(subject: Subject, student: Any, teacher: Any, steps: int, compiled: Any) -> dict[str, Reader]:
-    """Readers at one context: the student, and the teacher in each form that it has."""
-    found = {STUDENT: stepper(subject.model, student), TEACHER: stepper(subject.teacher, teacher)}
+def forms(subject: Subject, students: dict[str, Any], student: Any, teacher: Any, steps: int, compiled: Any) -> dict[str, Reader]:
+    """Readers at one context: student and teacher in each form that they have."""
+    found = {name: stepper(model, student) for name, model in students.items()}
+    found[TEACHER] = stepper(subject.teacher, teacher)
     fixed = static(subject, teacher, steps + SLACK)
     found[f"{TEACHER}, static cache"] = stepper(subject.teacher, fixed)
     if compiled is not None:
@@ -72,36 +90,46 @@ def forms(subject: Subject, student: Any, teacher: Any, steps: int, compiled: An
 
 
 def decode(
-    subject: Subject, contexts: Sequence[int], flat: Sequence[int], steps: int, compile_teacher: bool, file: Path | None = None
-) -> dict[str, Any]:
-    """Rows by context, what the teacher's best form takes over what the student does, and the student's times by context."""
-    students = snapshots(subject, subject.model, [*contexts, *flat], STUDENT)
+    subject: Subject, contexts: Sequence[int], flat: Sequence[int], steps: int, students: dict[str, Any],
+    compile_teacher: bool = False, file: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Rows by context, what the teacher's best form takes over what the student's does, and the student's times by context."""
+    caches = snapshots(subject, subject.model, [*contexts, *flat], STUDENT)
     teachers = snapshots(subject, subject.teacher, contexts, TEACHER)
     compiled = torch.compile(subject.teacher) if compile_teacher else None
     other = None if file is None else llama_cpp.Reader(file, max(contexts) + steps + SLACK)
     rows, ratios = [], []
     for done, context in enumerate(contexts):
         subject.progress("bench: decode", done, len(contexts), context=context)
-        readers = forms(subject, students[context], teachers[context], steps, compiled)
+        readers = forms(subject, students, caches[context], teachers[context], steps, compiled)
         runs: dict[str, Run] = {name: token(subject, reader) for name, reader in readers.items()}
         if other is not None:
             runs[llama_cpp.NAME] = other.at(context)
-        work = works(runs, weight_bytes(subject.model), weight_bytes(subject.teacher), other)
+        weights = {name: weight_bytes(reader.variant.model) for name, reader in readers.items()}
+        work = works(runs, weights, other)
         seconds = in_turn(runs, steps, subject.clock)
         held = {name: reader.nbytes() for name, reader in readers.items()}
         own = [row(n, seconds[n], work[n], 1, context=context, cache_bytes=held.get(n)) for n in runs]
         rows += own
         medians = {one["name"]: one["seconds"]["median"] for one in own}
-        best = min((name for name in readers if name != STUDENT), key=lambda name: medians[name])
-        against = {name: taken / medians[STUDENT] for name, taken in medians.items() if name != STUDENT}
-        ratios.append({"context": context, "best_teacher": best, "over_student": against})
-    settings = {"contexts": list(contexts), "flat": list(flat), "steps": steps, "compile_teacher": compile_teacher}
-    found = {"ratios": ratios, **({"flat": flatness(subject, students, flat, steps)} if flat else {})}
+        own_best = min(students, key=lambda name: medians[name])
+        best = min((name for name in readers if name not in students), key=lambda name: medians[name])
+        against = {name: taken / medians[own_best] for name, taken in medians.items() if name != own_best}
+        ratios.append({"context": context, "best_teacher": best, "best_student": own_best, "over_student": against})
+    settings = {
+        "contexts": list(contexts), "flat": list(flat), "steps": steps, "students": list(students),
+        "compile_teacher": compile_teacher,
+    }  # fmt: skip
+    found: dict[str, Any] = {"ratios": ratios}
+    if flat:
+        name = ratios[-1]["best_student"] if ratios else STUDENT
+        found["flat"] = {"name": name, **flatness(subject, students[name], caches, flat, steps)}
     return subject.report("decode", settings, rows, **found)
 
 
-def works(runs: dict[str, Run], student: int, teacher: int, other: Any) -> dict[str, Work]:
-    """The work of a step in each form, weights read once. Compiled, it is that of the same form as it is; elsewhere unknown."""
+def works(runs: dict[str, Run], weights: dict[str, int], other: Any) -> dict[str, Work]:
+    """The work of a step in each form, whose weights are read once. Compiled, it is that of the same form as it is; elsewhere
+    unknown."""
     found = dict[str, Work]()
     for name, run in runs.items():
         if name == llama_cpp.NAME:
@@ -110,16 +138,16 @@ def works(runs: dict[str, Run], student: int, teacher: int, other: Any) -> dict[
         elif name.endswith("compiled"):
             for _ in range(COMPILING):
                 run()
-            found[name] = Work(found[name.removesuffix(", compiled")].flops, 0, teacher)
+            found[name] = Work(found[name.removesuffix(", compiled")].flops, 0, weights[name])
         else:
-            found[name] = counted(run, student if name == STUDENT else teacher)
+            found[name] = counted(run, weights[name])
     return found
 
 
-def flatness(subject: Subject, students: dict[int, Any], contexts: Sequence[int], steps: int) -> dict[str, Any]:
+def flatness(subject: Subject, model: Any, caches: dict[int, Any], contexts: Sequence[int], steps: int) -> dict[str, Any]:
     """Seconds of the student's step at contexts far apart, measured in turn, and the largest over the smallest."""
     subject.progress("bench: flatness", 0, 1)
-    runs = {str(context): token(subject, stepper(subject.model, students[context])) for context in contexts}
+    runs = {str(context): token(subject, stepper(model, caches[context])) for context in contexts}
     for run in runs.values():
         run()
     seconds = in_turn(runs, steps, subject.clock)
@@ -132,11 +160,12 @@ def flatness(subject: Subject, students: dict[int, Any], contexts: Sequence[int]
 
 def bench_decode(
     directory: Path, *, contexts: Sequence[int] = CONTEXTS, flat: Sequence[int] = FLAT, steps: int = STEPS,
-    compile_teacher: bool = False, llama_cpp_file: Path | None = None, dtype: str = "auto", device: str = "auto",
-    progress: Progress = silent,
+    compile_student: bool = False, int8: bool = False, compile_teacher: bool = False, llama_cpp_file: Path | None = None,
+    dtype: str = "auto", device: str = "auto", progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """`decode` of a checkpoint; with `llama_cpp_file` a GGUF file beside it, on llama.cpp."""
+    """`decode` of a checkpoint, compiled and in 8 bits too if asked; with `llama_cpp_file` a GGUF file beside it, on llama.cpp."""
     if llama_cpp_file is not None:
         llama_cpp.need(llama_cpp_file)
     subject = open_subject(directory, dtype, device, [*contexts, *flat], progress)
-    return decode(subject, contexts, flat, steps, compile_teacher, llama_cpp_file)
+    students = students_of(subject, compile_student, int8)
+    return decode(subject, contexts, flat, steps, students, compile_teacher, llama_cpp_file)

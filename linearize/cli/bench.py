@@ -24,7 +24,7 @@ linearize bench prefill smollm2-default
 linearize bench prefill smollm2-default --lengths 512,8k --long 128k --dtype bfloat16"""
 DECODE = """\
 linearize bench decode smollm2-default
-linearize bench decode smollm2-default --contexts 16,8k --flat 100,100k --compile-teacher
+linearize bench decode smollm2-default --compile --int8 --compile-teacher
 linearize bench decode smollm2-default --llama-cpp SmolLM2-135M-Instruct.Q4_1.gguf"""
 BATCH = """\
 linearize bench batch smollm2-default
@@ -136,6 +136,8 @@ def decode(
     contexts: Contexts = "16,2048,8192",
     flat: Flat = "100,1k,10k,100k",
     steps: Steps = 20,
+    compiled: flags.Compile = False,
+    int8: flags.Int8 = False,
     compile_teacher: CompileTeacher = False,
     llama_cpp: LlamaCpp = None,
     dtype: flags.DtypeFlag = flags.Dtype.auto,
@@ -147,7 +149,8 @@ def decode(
 
     shown(
         bench_decode, as_json, directory, contexts=some(contexts, "--contexts"), flat=flags.counts(flat), steps=steps,
-        compile_teacher=compile_teacher, llama_cpp_file=llama_cpp, dtype=dtype.value, device=device,
+        compile_student=compiled, int8=int8, compile_teacher=compile_teacher, llama_cpp_file=llama_cpp, dtype=dtype.value,
+        device=device,
     )  # fmt: skip
 
 

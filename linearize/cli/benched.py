@@ -79,15 +79,25 @@ def counted(own: Found) -> str:
 def decode(console: Console, found: Found) -> None:
     names = list(dict.fromkeys(name for r in found["ratios"] for name in r["over_student"]))
     lines = [
-        (f"{r['context']:,}", *(times(r["over_student"][n]) if n in r["over_student"] else "-" for n in names), r["best_teacher"])
+        (
+            f"{r['context']:,}",
+            *(times(r["over_student"][n]) if n in r["over_student"] else "-" for n in names),
+            r["best_student"],
+            r["best_teacher"],
+        )
         for r in found["ratios"]
     ]
-    columns = (Column("context", True), *(Column(f"{name} / student", True) for name in names), Column("teacher's best"))
+    columns = (
+        Column("context", True),
+        *(Column(f"{name} / best", True) for name in names),
+        Column("student's best"),
+        Column("teacher's best"),
+    )
     console.table(columns, lines)
     if "flat" in found:
         own = found["flat"]
         taken = ", ".join(f"{seconds(s['median'])} at {int(context):,}" for context, s in own["seconds"].items())
-        console.facts([("student", f"{taken}: largest / smallest {own['largest_over_smallest']:.3f}")])
+        console.facts([(own["name"], f"{taken}: largest / smallest {own['largest_over_smallest']:.3f}")])
 
 
 def batch(console: Console, found: Found) -> None:

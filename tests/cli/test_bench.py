@@ -41,8 +41,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "decode": {
         **HEAD, "rows": [{**ROW, "context": int, "cache_bytes": int}],
-        "ratios": [{"context": int, "best_teacher": str, "over_student": {"teacher": float, "teacher, static cache": float}}],
-        "flat": {"seconds": {"8": SPREAD, "32": SPREAD}, "largest_over_smallest": float},
+        "ratios": [{"context": int, "best_student": str, "best_teacher": str, "over_student": {"teacher": float, "teacher, static cache": float}}],
+        "flat": {"name": str, "seconds": {"8": SPREAD, "32": SPREAD}, "largest_over_smallest": float},
     },
     "batch": {
         **HEAD, "rows": [{**ROW, "sequences": int, "context": int, "kv_bytes": int, "cache_bytes": int}],
@@ -148,7 +148,7 @@ def test_ratios_are_those_of_the_rows(found: dict[str, dict[str, Any]]) -> None:
     for r in decode["ratios"]:
         assert r["best_teacher"] == max(r["over_student"], key=lambda name: -r["over_student"][name])
         for name, ratio in r["over_student"].items():
-            assert ratio == pytest.approx(taken[name, r["context"]] / taken["student", r["context"]])
+            assert ratio == pytest.approx(taken[name, r["context"]] / taken[r["best_student"], r["context"]])
     peak = distill["peak"]
     assert peak["ratio"] == pytest.approx(peak["attention"]["peak"] / peak["teacher"]["peak"])
     for profile in distill["profiles"].values():
@@ -161,7 +161,7 @@ def test_ratios_are_those_of_the_rows(found: dict[str, dict[str, Any]]) -> None:
 
 TABLES = {
     "prefill": ("GFLOP/s float32", "student / no attention", "student ahead", "64 tokens, 32 at a time", "matmul"),
-    "decode": ("teacher, static cache / student", "teacher's best", "largest / smallest", "cache"),
+    "decode": ("teacher, static cache / best", "teacher's best", "largest / smallest", "cache"),
     "batch": ("2 sequences", "a KV cache takes", "in this machine", "such states, or KV caches of"),
     "memory": ("above weights", "last / first", "a KV cache would be"),
     "distill": ("attention, packed", "of", "peak memory", "student, a token", "step of lora", "matrix products"),

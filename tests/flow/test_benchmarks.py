@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 from linearize.benchmarks import batch as batches
+from linearize.benchmarks import decode as decoding
 from linearize.benchmarks import llama_cpp
 from linearize.benchmarks.batch import batch, copies, kv_bytes
 from linearize.benchmarks.bounds import Counter, Machine, Work, bounded, counted, row, weight_bytes
-from linearize.benchmarks.decode import decode, snapshots, static, stepper
+from linearize.benchmarks.decode import decode, snapshots, static, stepper, students_of
 from linearize.benchmarks.distill import KINDS, LENGTHS, PROFILE, RATIO, bench_distill, lengths_apart, stages
 from linearize.benchmarks.operators import GROUPS, OTHER, group_of, shares
 from linearize.benchmarks.prefill import prefill
@@ -240,7 +242,7 @@ def test_decode(subject: Subject) -> None:
 
     moves(clock, subject.model, lambda _, given: 5e-4)
     moves(clock, subject.teacher, teacher)
-    found = decode(subject, [4, 60], [10, 100], steps=3, compile_teacher=False)
+    found = decode(subject, [4, 60], [10, 100], 3, {"student": subject.model})
     by = {(r["context"], r["name"]): r for r in found["rows"]}
     assert by[4, "student"]["seconds"]["median"] == by[60, "student"]["seconds"]["median"] == pytest.approx(5e-4)
     assert by[4, "teacher"]["seconds"] == pytest.approx({"median": 7e-4, "low": 6.5e-4, "high": 7.5e-4, "runs": 3})
@@ -251,6 +253,25 @@ def test_decode(subject: Subject) -> None:
     assert by[4, "student"]["work"]["nbytes"] == weight_bytes(subject.model)
     assert by[4, "student"]["cache_bytes"] == by[60, "student"]["cache_bytes"]
     assert by[60, "teacher"]["cache_bytes"] > 5 * by[4, "teacher"]["cache_bytes"]
+
+
+def test_the_student_in_8_bits_and_compiled_is_measured_too(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form reads its own weights, and the quickest one is compared to the teacher."""
+    stepped: list[Any] = []
+    monkeypatch.setattr(decoding, "compile_step", lambda model, report=None: stepped.append(model))
+    students = students_of(subject, compiled=True, int8=True)
+    assert list(students) == ["student", "student, int8", "student, compiled", "student, int8, compiled"]
+    assert stepped == [students["student, compiled"], students["student, int8, compiled"]]
+    students = {name: copy.deepcopy(model) for name, model in students.items()}
+    clock = clock_of(subject)
+    for name, seconds in zip(students, (4e-3, 3e-3, 2e-3, 1e-3), strict=True):
+        moves(clock, students[name], lambda _, given, seconds=seconds: seconds)
+    moves(clock, subject.teacher, lambda _, given: 5e-3)
+    found = decode(subject, [4], [10, 20], 2, students)
+    assert found["ratios"][0]["best_student"] == found["flat"]["name"] == "student, int8, compiled"
+    assert found["ratios"][0]["over_student"]["teacher"] == pytest.approx(5.0)
+    read = {r["name"]: r["work"]["nbytes"] for r in found["rows"]}
+    assert read["student, int8"] == read["student, int8, compiled"] < 0.6 * read["student"] == 0.6 * read["student, compiled"]
 
 
 def test_a_compiled_teacher_is_one_more_form(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +286,7 @@ def test_a_compiled_teacher_is_one_more_form(subject: Subject, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", compiled)
     moves(clock, subject.model, lambda _, given: 2e-4)
     moves(clock, subject.teacher, lambda _, given: 1e-3)
-    found = decode(subject, [12], [], steps=2, compile_teacher=True)
+    found = decode(subject, [12], [], 2, {"student": subject.model}, compile_teacher=True)
     assert found["ratios"][0]["best_teacher"] == "teacher, static cache, compiled"
     assert found["ratios"][0]["over_student"]["teacher, static cache, compiled"] == pytest.approx(0.5)
     by = {r["name"]: r["work"] for r in found["rows"]}
@@ -436,7 +457,7 @@ def test_llama_cpp_is_timed_beside_the_student(subject: Subject, tmp_path: Path,
     file.write_bytes(b"x" * 1000)
     moves(clock_of(subject), subject.model, lambda _, given: 1e-3)
     moves(clock_of(subject), subject.teacher, lambda _, given: 1e-3)
-    found = decode(subject, [100], [], steps=1, compile_teacher=False, file=file)
+    found = decode(subject, [100], [], 1, {"student": subject.model}, file=file)
     assert found["ratios"][0]["over_student"]["llama.cpp"] == pytest.approx(10.2)  # the 102nd token, one to warm up
     assert found["ratios"][0]["best_teacher"].startswith("teacher")
     (own,) = [r for r in found["rows"] if r["name"] == "llama.cpp"]
