@@ -91,8 +91,9 @@ def attention_runs(subject: Subject, sequence: int) -> dict[str, Any]:
 
 
 def adapted(subject: Subject, stage: Stage) -> dict[str, Any]:
-    """Student and stock model with LoRA, and what is trained of each."""
-    return {LORA: with_adapter(subject.model, stage), "lora, unconverted": with_adapter(subject.teacher, stage)}
+    """Student and stock model with LoRA, and what is trained of each; the stock one is made of the student as it was."""
+    teacher = subject.teacher
+    return {LORA: with_adapter(subject.model, stage), "lora, unconverted": with_adapter(teacher, stage)}
 
 
 def undo(subject: Subject, models: Mapping[str, Any]) -> None:

@@ -373,6 +373,13 @@ def test_time_a_token_by_length(subject: Subject) -> None:
     assert work["student", 64] == pytest.approx(2 * work["student", 32], rel=0.25)
 
 
+def test_stage_lora_alone(subject: Subject) -> None:
+    """The stock model is made of the student before an adapter is put on it."""
+    rows, found = stages(subject, [16], ("lora",), (RATIO,), 1)
+    assert [row["name"] for row in rows] == ["lora", "lora, unconverted"]
+    assert [ratio["stage"] for ratio in found["ratios"]] == ["lora"]
+
+
 def test_a_method_without_a_stage_is_told(subject: Subject) -> None:
     subject.model.config.linearize["method"] = "window"
     with pytest.raises(InputError, match="no stage attention"):
