@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linearize.conversion.budget import Choice, Options, candidates
 from linearize.conversion.plan import Plan, plan_for
-from linearize.conversion.streaming import CALIBRATION_ROWS, SCORE_ROWS
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, asking
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import Place
 from linearize.methods.slot_fit import fit_slot_score
@@ -26,27 +26,29 @@ from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.progress import Progress
 
-TEXT_ROWS, ASKED_ROWS = 4, 6  # measured, the rest is fitted to
+MEASURED = 8192  # tokens of text and of rows that ask, each; the rest is fitted to
 TEXT_TOKENS, ASKED_TOKENS = 512, 8  # at the end of a row, whose predictions count
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Calibration rows (N, T) in order: fitted to, measured as text (so many), measured where something is asked for."""
+    """Calibration rows (N, T) in order: fitted to, measured as text (so many), measured where something is asked for (so many)."""
 
     ids: Tensor
     text: int
+    asked: int
 
     @classmethod
     def of(cls, ids: Tensor) -> Rows:
-        """Rows of text, and after them SCORE_ROWS // 2 that ask, each kind cut into fitted and measured."""
-        text, asked = ids[: len(ids) - SCORE_ROWS // 2], ids[len(ids) - SCORE_ROWS // 2 :]
-        last = min(TEXT_ROWS, len(text))
-        return cls(torch.cat([text[:-last], asked[:-ASKED_ROWS], text[-last:], asked[-ASKED_ROWS:]]), last)
+        """Rows of text, and after them some that ask, each kind cut into fitted and measured."""
+        count = asking(len(ids))
+        text, asked = ids[: len(ids) - count], ids[len(ids) - count :]
+        last = max(min(MEASURED // ids.shape[1], count // 2), 1)
+        return cls(torch.cat([text[:-last], asked[:-last], text[-last:], asked[-last:]]), last, last)
 
     @property
     def fitted(self) -> slice:
-        return slice(len(self.ids) - self.text - ASKED_ROWS)
+        return slice(len(self.ids) - self.text - self.asked)
 
     def counted(self, measured: int) -> int:
         """How many predictions count at the end of one of the measured rows."""
@@ -95,7 +97,7 @@ def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tenso
             kept.update(mixer.slot_score.state_dict())
         mixer.slot_score.load_state_dict(kept)
     if mixer.spec.has_far:
-        place.method.initialise(mixer, fitted.part(slice(CALIBRATION_ROWS)))
+        place.method.initialise(mixer, fitted.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH))
     return mixer
 
 
@@ -128,7 +130,7 @@ def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> d
                     log_probability(logits.float(), drawn(logits, draw)).sum().backward()
                 else:
                     log_odds(logits.float(), row[-count:].to(logits.device)).sum().backward()
-                progress("gradients", i + 1, rows.text + ASKED_ROWS)
+                progress("gradients", i + 1, rows.text + rows.asked)
     finally:
         model.disable_input_require_grads()
         for parameter in needed:

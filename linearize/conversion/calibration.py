@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.plan import Plan
-from linearize.conversion.streaming import CALIBRATION_ROWS
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS
 from linearize.methods.calibration import Calibration, relative_error
 from linearize.methods.slot_fit import fit_slot_score
 from linearize.modeling.attention import LinearizedAttention
@@ -31,7 +31,7 @@ def start_mixers(
 ) -> list[float]:  # fmt: skip
     """Run the teacher over ids (B, T); each layer's mixer is built and started as its inputs pass, then handed to `after`.
 
-    All rows serve to fit the scores by which slots are given away, the first CALIBRATION_ROWS everything else.
+    All rows serve to fit the scores by which slots are given away, the beginnings of the first ones everything else.
     What a start draws depends on the seed and the layer alone. Returns each layer's relative error.
     """
     seeds = torch.randint(SEEDS, (plan.total,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -39,7 +39,7 @@ def start_mixers(
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         every, planned = Calibration(inputs, target), attention.linearize
-        calibration = every.part(slice(CALIBRATION_ROWS))
+        calibration = every.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH)
         torch.manual_seed(seeds[attention.linearize_index])
         with torch.device(device):
             mixer = attention.linearize = Mixer(planned.spec, planned.shape)

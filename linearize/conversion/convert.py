@@ -26,7 +26,7 @@ from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
 from linearize.conversion.saving import save
 from linearize.conversion.sources import Source, resolve
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, calibration_rows
+from linearize.conversion.streaming import CALIBRATION_ROWS, asking, calibration_shape
 from linearize.devices import pick_device, pick_dtype
 from linearize.documents import BUILTIN, chat_of, documents
 from linearize.errors import HubError, InputError, IntegrityError, UnsupportedError, UsageError
@@ -197,16 +197,16 @@ def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None,
     docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
     training, _ = text.split(docs, held_out or text.HELD_OUT_PERCENT)
     tokens = text.tokenise(tokenizer, training)
-    limit = plan.max_positions if plan is not None and plan.max_positions else CALIBRATION_LENGTH
-    length = min(CALIBRATION_LENGTH, limit, max(max(len(doc) for doc in tokens), 2))
+    limit = plan.max_positions if plan is not None else None
+    count, length = calibration_shape(plan.mixers if plan is not None else (), [min(len(doc), limit or len(doc)) for doc in tokens])
     encoder = plan is not None and not plan.architecture.causal
     rows = text.framed(tokenizer, tokens, length) if encoder else text.whole(tokens, length)
-    count = calibration_rows(plan.mixers) if plan is not None else CALIBRATION_ROWS
-    asked = (count - CALIBRATION_ROWS) // 2
+    asked = asking(count)
     step = max(len(rows) // (count - asked), 1)
     ids = rows.ids[::step][: count - asked]
     if not asked:
         return ids
+    ids = ids.repeat(-(-(count - asked) // len(ids)), 1)[: count - asked]
     hidden = [recall_row(TASKS[i % len(TASKS)], tokenizer, tokens, ids.shape[1], f"calibration-{i}") for i in range(asked)]
     return torch.cat([ids, torch.tensor(hidden)])
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from linearize.conversion.plan import Plan
 from linearize.conversion.streaming import (
-    CALIBRATION_LENGTH,
     CALIBRATION_ROWS,
     MLP_MATRICES,
     RANKED_LENGTH,
     activation_bytes,
-    calibration_rows,
+    calibration_shape,
     expert_width,
     tensor_sizes,
 )
@@ -54,12 +54,12 @@ def estimate(plan: Plan, dtype: str = "auto", device: str = "auto", rate: float 
     rate = rate or matmul_rate(stored, on)
     weights = stored.itemsize * sum(tensor_sizes(plan.source, plan.architecture))
     added = MIXER_BYTES * plan.parameters_added
-    rows = calibration_rows(plan.mixers)
-    tokens = {START: rows * CALIBRATION_LENGTH} | {s.kind: s.tokens for s in stages_of(plan.method)}
+    start = prod(calibration_shape(plan.mixers))
+    tokens = {START: start} | {s.kind: s.tokens for s in stages_of(plan.method)}
     if plan.keeps:  # the model runs as it is, then with each layer swapped
         tokens = {RANK: CALIBRATION_ROWS * RANKED_LENGTH * (len(plan.parts) + 1)} | tokens
     seconds = {kind: count * COSTS[kind] * forward_flops(plan, kind in WITH_LOGITS) / rate for kind, count in tokens.items()}
-    held = weights + added + activation_bytes(plan.shape, plan.architecture.mlp_width(plan.source.config), rows)
+    held = weights + added + activation_bytes(plan.shape, plan.architecture.mlp_width(plan.source.config), start)
     unpacked = 2 * weights if plan.source.format == "gguf" else 0  # all of its tensors, then the model's
     peak = plan.route.peak_bytes or max(held, unpacked)
     name = str(stored).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +13,11 @@ from linearize.conversion.sources import Source
 from linearize.modeling.spec import MixerSpec, Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
-SCORE_ROWS = 30  # more of them where slots go by a learnt score
+SCORE_ROWS, SCORE_LENGTH = (
+    8,
+    4096,
+)  # more and longer ones where slots go by a learnt score: it must know what long texts look back at
+MOST_ROWS = 30  # of them, however short
 RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
@@ -34,14 +38,14 @@ class Route:
         return {"streamed": self.streamed, "reason": self.reason, "peak_bytes": self.peak_bytes}
 
 
-def route(source: Source, family: Architecture, rows: int = CALIBRATION_ROWS) -> Route:
+def route(source: Source, family: Architecture, tokens: int = CALIBRATION_ROWS * CALIBRATION_LENGTH) -> Route:
     """Safetensors, in a folder or on the hub, are streamed; a GGUF file is unpacked whole, a model in memory is there already."""
     if source.format == "gguf":
         return Route(False, "a GGUF file is unpacked whole", None)
     if source.format == "memory":
         return Route(False, "the model is in memory already", None)
     shape, mlp = family.shape(source.config), family.mlp_width(source.config)
-    return Route(True, "", peak_bytes(shape, mlp, tensor_sizes(source, family), rows))
+    return Route(True, "", peak_bytes(shape, mlp, tensor_sizes(source, family), tokens))
 
 
 def tensor_sizes(source: Source, family: Architecture) -> list[int]:
@@ -63,23 +67,37 @@ def expert_width(config: Mapping[str, Any], family: Architecture) -> int:
     return int(config.get("moe_intermediate_size") or family.mlp_width(config))
 
 
-def calibration_rows(mixers: Iterable[MixerSpec]) -> int:
-    """How many calibration rows these mixers ask for."""
-    return CALIBRATION_ROWS + (SCORE_ROWS if any(mixer.scores_learned for mixer in mixers) else 0)
+def calibration_shape(mixers: Iterable[MixerSpec], documents: Sequence[int] = (SCORE_LENGTH,) * SCORE_ROWS) -> tuple[int, int]:
+    """Rows and their length that these mixers ask for, of documents of so many tokens.
+
+    A learnt score takes the longest rows, up to 4,096 tokens, of which the documents hold enough, and as many tokens in all.
+    """
+    longest = max(max(documents), 2)
+    if not any(mixer.scores_learned for mixer in mixers):
+        return CALIBRATION_ROWS, min(CALIBRATION_LENGTH, longest)
+    for length in (SCORE_LENGTH, SCORE_LENGTH // 2, min(SCORE_LENGTH // 4, longest)):
+        count = CALIBRATION_ROWS + min(SCORE_ROWS * SCORE_LENGTH // length, MOST_ROWS)
+        if sum(size // length for size in documents) >= count - asking(count):
+            break
+    return count, length
 
 
-def peak_bytes(shape: Shape, mlp: int, sizes: list[int], rows: int = CALIBRATION_ROWS) -> int:
+def asking(rows: int) -> int:
+    """How many of the calibration rows ask for something at their end."""
+    return (rows - CALIBRATION_ROWS) // 2
+
+
+def peak_bytes(shape: Shape, mlp: int, sizes: list[int], tokens: int = CALIBRATION_ROWS * CALIBRATION_LENGTH) -> int:
     """The most that is in memory at once: the largest tensor and the activations of a layer's start, or a shard being written.
 
-    `sizes` are the elements of the model's tensors, `mlp` the width of its feed-forward layers, `rows` what the start looks at.
+    `sizes` are the elements of the model's tensors, `mlp` the width of its feed-forward layers, `tokens` what the start looks at.
     """
     shard = min(WIDEST * sum(sizes), max(SHARD_BYTES, WIDEST * max(sizes)))
-    return max(shard, WIDEST * max(sizes) + activation_bytes(shape, mlp, rows))
+    return max(shard, WIDEST * max(sizes) + activation_bytes(shape, mlp, tokens))
 
 
-def activation_bytes(shape: Shape, mlp: int, rows: int = CALIBRATION_ROWS) -> int:
+def activation_bytes(shape: Shape, mlp: int, tokens: int = CALIBRATION_ROWS * CALIBRATION_LENGTH) -> int:
     """What the start of a layer holds in fp32: hidden states, the MLP's, q, k, v and features of each head, a block of scores."""
-    tokens = rows * CALIBRATION_LENGTH
     scores = SCORE_BLOCKS * tokens * shape.heads * ROW_BLOCK
     streams = HIDDEN_COPIES * shape.hidden_size + MLP_COPIES * mlp + HEAD_COPIES * shape.heads * shape.head_dim
     return WIDEST * (tokens * streams + scores)

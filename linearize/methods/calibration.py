@@ -28,6 +28,10 @@ class Calibration:
         cut = {name: x[rows] for name, x in every.items() if x is not None}
         return Calibration(replace(self.inputs, **cut), self.target[rows])
 
+    def first(self, tokens: int) -> Calibration:
+        """The first tokens of each row alone."""
+        return Calibration(self.inputs.first(min(tokens, self.target.shape[1])), self.target[:, :tokens])
+
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at keys that it does not see."""
         wide = torch.promote_types(self.inputs.q.dtype, torch.float32)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.methods.calibration import Calibration
+from linearize.methods.calibration import Calibration, relative_error
 from linearize.modeling.mixer import Mixer
-from linearize.modeling.slot_scores import log_attention
+from linearize.modeling.slot_scores import SlotScore, log_attention
 
 RIDGE = 1e-3
+RATES = (0.0, 0.5, 1.0, 2.0, 4.0)  # nats in 1,024 tokens
+RATE_ROWS, LAST = 4, 16  # rows that they are tried on, and the tokens at a row's end that count as much as all others
 
 
 def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
@@ -37,6 +39,29 @@ def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
         learned.up.data[head], learned.attention.data[head] = weight[: x.shape[1] - 1], weight[x.shape[1] :]
         assert learned.bias is not None
         learned.bias.data[head] = weight[x.shape[1] - 1]
+    fit_rate(mixer, learned, calibration)
+
+
+def fit_rate(mixer: Mixer, learned: SlotScore, calibration: Calibration) -> None:
+    """The rate, a kv head, that gives the least output error on a few rows, half over all tokens and half at their ends.
+
+    There something may be asked for that was said long ago, which a high rate forgets; text looks back at what is younger.
+    """
+    rows, groups = len(calibration.target), mixer.shape.kv_heads
+    some = calibration.part(slice(rows % RATE_ROWS, None, max(rows // RATE_ROWS, 1)))
+    time = some.target.shape[1]
+    chosen = torch.zeros(groups, device=some.target.device)
+    best, scale = torch.full_like(chosen, torch.inf), None
+    for rate in RATES:
+        learned.rate.data.fill_(rate / 1024)
+        output, _ = mixer(some.inputs)
+        errors = torch.stack([relative_error(output, some.target, start) for start in (0, max(time - LAST, 0))])
+        errors = errors.unflatten(1, (groups, -1)).mean(2)  # (2, G)
+        scale = errors.clamp(min=1e-12) if scale is None else scale
+        cost = (errors / scale).sum(0)
+        chosen = torch.where(cost < best, rate / 1024, chosen)
+        best = torch.minimum(cost, best)
+    learned.rate.data.copy_(chosen)
 
 
 def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Mixer(Leaving):
         if self.spec.scores:
             held["scores"] = s.k.new_zeros(*s.k.shape[:3], self.spec.scores)
         if self.slot_score is not None:
-            held["scores"] = torch.cat([held["scores"][..., :-1], self.slot_score.project(s.hidden).detach()], dim=-1)
+            held["scores"] = torch.cat([held["scores"][..., :-1], self.slot_score.arrived(s.hidden, s.position).detach()], dim=-1)
         return held
 
     def _queries(self, s: Stream, score: Scores) -> Queries:

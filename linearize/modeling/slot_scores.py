@@ -16,9 +16,11 @@ FLOOR = 1e-3  # of attention, before its logarithm: less is as good as none
 
 
 class SlotScore(Projection):
-    """s = w . x + b + a1 log r + a2 log^2 r, x the layer's input and r the largest attention that the token got in the window.
+    """s_i = w . x_i + b + a1 log r_i + a2 log^2 r_i + rate i of token i, x the layer's input, r the largest attention that it got
+    in the window.
 
     Fitted to the log of the largest attention that the teacher's queries beyond the window give it. Unfitted it is log r.
+    All slots age alike, so attention that fades by e^-rate a token is a fixed gain for those that came later.
     A choice has no gradient, so these parameters have none.
     """
 
@@ -26,9 +28,15 @@ class SlotScore(Projection):
         super().__init__(shape.hidden_size, shape.kv_heads, 1)
         start = torch.tensor([1.0, 0.0]).repeat(shape.kv_heads, 1)
         self.attention = nn.Parameter(start)
+        self.rate = nn.Parameter(torch.zeros(shape.kv_heads))
+
+    def arrived(self, hidden: Tensor | None, position: Tensor) -> Tensor:
+        """What is known of tokens (B, n) at these positions when they arrive: w . x + b + rate i (B, G, n, 1)."""
+        found = self.project(hidden)
+        return found + self.rate.to(found.dtype)[:, None, None] * position[:, None, :, None].to(found.dtype)
 
     def score(self, got: Tensor) -> Tensor:
-        """Scores (B, G, n) of tokens that hold (attention r, w . x + b) (B, G, n, 2)."""
+        """Scores (B, G, n) of tokens that hold (attention r, w . x + b + rate i) (B, G, n, 2)."""
         columns = log_attention(got[..., 0])
         found: Tensor = got[..., 1] + (columns * self.attention.to(got.dtype)[:, None]).sum(-1)
         return found

@@ -41,7 +41,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "decode": {
         **HEAD, "rows": [{**ROW, "context": int, "cache_bytes": int}],
-        "ratios": [{"context": int, "best_student": str, "best_teacher": str, "over_student": {"teacher": float, "teacher, static cache": float}}],
+        "ratios": [
+            {
+                "context": int, "best_student": str, "best_teacher": str,
+                "over_student": {"teacher": float, "teacher, static cache": float},
+            }
+        ],
         "flat": {"name": str, "seconds": {"8": SPREAD, "32": SPREAD}, "largest_over_smallest": float},
     },
     "batch": {

@@ -12,12 +12,12 @@ import torch
 from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion.budget import Choice, Frontier, Layout, candidates
-from linearize.conversion.budget_costs import ASKED_ROWS, Rows, log_odds, measure_costs
+from linearize.conversion.budget_costs import Rows, log_odds, measure_costs
 from linearize.conversion.convert import attach
 from linearize.conversion.plan import plan_for
 from linearize.conversion.ranking import alone
 from linearize.conversion.sources import Source
-from linearize.conversion.streaming import SCORE_ROWS
+from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, asking
 from linearize.errors import InputError
 from linearize.methods.layout import check_options, layout
 from linearize.modeling.mixer import Mixer
@@ -77,7 +77,7 @@ def test_costs_tell_what_a_swap_does() -> None:
     """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
     base = tiny_family("llama").double()
     torch.manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (SCORE_ROWS + 2, 96))
+    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, 96))
     source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
     plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
     model = attach(base.eval(), plan.config_field())
@@ -100,13 +100,15 @@ def test_costs_tell_what_a_swap_does() -> None:
 
 
 def test_rows_are_fitted_or_measured() -> None:
-    ids = torch.arange(SCORE_ROWS + 2)[:, None].expand(-1, 8)
-    rows = Rows.of(ids)
-    assert sorted(rows.ids[:, 0].tolist()) == list(range(SCORE_ROWS + 2))
-    assert rows.ids[rows.measured][:, 0].tolist()[rows.text :] == list(range(SCORE_ROWS + 2 - ASKED_ROWS, SCORE_ROWS + 2))
-    short = Rows.of(ids[-SCORE_ROWS // 2 - 1 :])
-    assert short.text == 1
-    assert short.ids[short.fitted].shape[0] == SCORE_ROWS // 2 - ASKED_ROWS
+    for count, length, measured in ((10, 4096, 2), (18, 2048, 4), (32, 1024, 7)):
+        ids = torch.arange(count)[:, None].expand(-1, length)
+        rows = Rows.of(ids)
+        asked = asking(count)
+        assert sorted(rows.ids[:, 0].tolist()) == list(range(count))
+        assert (rows.text, rows.asked) == (measured, measured)
+        last = [*range(count - asked - measured, count - asked), *range(count - measured, count)]
+        assert rows.ids[rows.measured][:, 0].tolist() == last
+        assert rows.ids[rows.fitted].shape[0] == count - 2 * measured
 
 
 def test_log_odds_do_not_saturate() -> None:

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 from linearize.conversion.convert import calibration_ids, convert
 from linearize.conversion.plan import make_plan
-from linearize.conversion.streaming import CALIBRATION_ROWS, SCORE_ROWS
+from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, SCORE_LENGTH, SCORE_ROWS, asking, calibration_shape
 from linearize.loading import load
-from linearize.methods.calibration import Calibration
-from linearize.methods.slot_fit import RIDGE, attention_inside_and_beyond, fit_slot_score
+from linearize.methods.calibration import Calibration, relative_error
+from linearize.methods.slot_fit import RATES, RIDGE, attention_inside_and_beyond, fit_rate, fit_slot_score
+from linearize.modeling.attention import softmax_attention
+from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
 from linearize.testing.models import random_inputs, random_mixer, tiny_shape
@@ -87,9 +89,59 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned", "kv_dtype": "int8"}
     plan = make_plan(str(source), options=options)
     ids = calibration_ids(AutoTokenizer.from_pretrained(source), tmp_path / "book.txt", plan)
-    assert CALIBRATION_ROWS < len(ids) <= CALIBRATION_ROWS + SCORE_ROWS
+    assert len(ids) == CALIBRATION_ROWS + MOST_ROWS
     convert(str(source), options=options, calibration=tmp_path / "book.txt", output=tmp_path / "out")
     model, _ = load(tmp_path / "out")
     for layer in model.model.layers:
         assert layer.self_attn.linearize.slot_score.up.abs().sum() > 0
     assert plan.mixers == {replace(layer.self_attn.linearize.spec) for layer in model.model.layers}
+
+
+@pytest.mark.parametrize("documents", [[100], [1000] * 40, [2048] * 9, [5000] * 8, [9000] * 2, [20_000]])
+def test_rows_are_as_long_as_the_text_has_enough_of_them(documents: list[int]) -> None:
+    plain = MixerSpec(merge="near", feature_map="identity", share_kv=True, window=4, sinks=2)
+    assert calibration_shape({plain}, documents) == (CALIBRATION_ROWS, min(1024, max(documents)))
+    count, length = calibration_shape({SPEC, plain}, documents)
+    assert count - asking(count) == CALIBRATION_ROWS + asking(count)
+    assert count * length <= SCORE_ROWS * SCORE_LENGTH + CALIBRATION_ROWS * length
+    there = sum(size // length for size in documents)
+    assert there >= count - asking(count) or length <= 1024
+    longer = 2 * length
+    if longer in (SCORE_LENGTH, SCORE_LENGTH // 2):
+        assert sum(size // longer for size in documents) < CALIBRATION_ROWS + SCORE_ROWS * SCORE_LENGTH // longer // 2
+
+
+def test_a_rate_forgets_what_is_old() -> None:
+    """Among tokens that are alike the slots keep the first ones at rate 0, the last ones at a high rate."""
+    mixer, inputs = random_mixer(SPEC, dtype=torch.float32), random_inputs(tiny_shape(), TIME, 1, torch.float32)
+    learned: Any = mixer.slot_score
+    assert inputs.hidden is not None
+    position = torch.arange(TIME)[None]
+    learned.rate.data.zero_()
+    plain = learned.arrived(inputs.hidden, position)
+    learned.rate.data.copy_(torch.tensor([0.5, 2.0]))
+    gained = learned.arrived(inputs.hidden, position) - plain
+    assert torch.allclose(gained[0, :, :, 0], learned.rate[:, None] * position, atol=1e-4)
+    kept = []
+    for rate in (-100.0, 100.0):
+        learned.rate.data.fill_(rate)
+        _, state = mixer(inputs, empty_state(SPEC, tiny_shape(), 1, torch.float32, torch.device("cpu")), keep=True)
+        kept.append(state["k"][:, :, -SPEC.sinks - SPEC.slots :])
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_the_rate_is_that_of_the_least_error() -> None:
+    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration()
+    whole: Any = given.inputs
+    target = softmax_attention(whole)
+    given = Calibration(whole, target)
+    learned: Any = mixer.slot_score
+    fit_rate(mixer, learned, given)
+    found = learned.rate.data.clone()
+    costs = []
+    for rate in RATES:
+        learned.rate.data.fill_(rate / 1024)
+        out = mixer(whole)[0]
+        costs.append(torch.stack([relative_error(out, target, start).unflatten(0, (2, 2)).mean(1) for start in (0, TIME - 16)]))
+    best = torch.stack([(c / costs[0]).sum(0) for c in costs]).argmin(0)
+    assert torch.equal(found, torch.tensor(RATES)[best].to(found) / 1024)
