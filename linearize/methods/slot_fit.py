@@ -10,7 +10,7 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.slot_scores import SlotScore, log_attention
 
 RIDGE = 1e-3
-RATES = (0.0, 0.5, 1.0, 2.0, 4.0)  # nats in 1,024 tokens
+RATES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # nats in 1,024 tokens
 RATE_ROWS, LAST = 4, 16  # rows that they are tried on, and the tokens at a row's end that count as much as all others
 
 
