@@ -52,7 +52,7 @@ def bench_distill(
     if by_length:
         again, found["by_length"] = lengths_apart(subject, by_length, teacher_to, repeats)
         rows += again
-    if PEAK in parts and ATTENTION in kinds:
+    if PEAK in parts and ATTENTION in kinds and stage_of(subject.model, ATTENTION) is not None:
         asked = {"dtype": dtype, "device": device, "sequence": max(sequences)}
         progress("bench: peak memory", 0, 1)
         answers = {kind: probe(kind, directory, **asked) for kind in ("teacher", ATTENTION)}

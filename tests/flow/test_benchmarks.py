@@ -516,3 +516,14 @@ def test_parts_that_are_not_asked_for_are_left_out(tmp_path: Path) -> None:
     assert "peak" not in found
     assert found["profiles"] == {}
     assert found["ratios"] == []
+
+
+def test_a_method_that_transfers_nothing_has_no_peak_of_it(tmp_path: Path) -> None:
+    from cli.tiny import write_model
+
+    from linearize.conversion.convert import convert
+
+    convert(str(write_model(tmp_path / "tiny")), method="window", output=tmp_path / "out", device="cpu")
+    found = bench_distill(tmp_path / "out", sequences=[16], kinds=KINDS, parts=["peak"], repeats=1, device="cpu")
+    assert "peak" not in found
+    assert found["rows"] == []
