@@ -114,7 +114,7 @@ def decode(
         medians = {one["name"]: one["seconds"]["median"] for one in own}
         own_best = min(students, key=lambda name: medians[name])
         best = min((name for name in readers if name not in students), key=lambda name: medians[name])
-        against = {name: taken / medians[own_best] for name, taken in medians.items() if name != own_best}
+        against = {name: taken / medians[own_best] for name, taken in medians.items() if name not in students}
         ratios.append({"context": context, "best_teacher": best, "best_student": own_best, "over_student": against})
     settings = {
         "contexts": list(contexts), "flat": list(flat), "steps": steps, "students": list(students),
