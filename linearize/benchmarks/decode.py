@@ -122,7 +122,7 @@ def decode(
     }  # fmt: skip
     found: dict[str, Any] = {"ratios": ratios}
     if flat:
-        name = ratios[-1]["best_student"] if ratios else STUDENT
+        name = str(ratios[-1]["best_student"]) if ratios else STUDENT
         found["flat"] = {"name": name, **flatness(subject, students[name], caches, flat, steps)}
     return subject.report("decode", settings, rows, **found)
 

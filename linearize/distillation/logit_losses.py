@@ -59,7 +59,7 @@ def widened(x: Tensor) -> Tensor:
 
 def weighted(call: LogitCall, block: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
     """sum_t w_t l_t, where `block` gives losses (n,) of some rows and their gradients (n, vocabulary) by the student's logits."""
-    return Blockwise.apply(call.student, call.weight, block)  # type: ignore[no-any-return]
+    return Blockwise.apply(call.student, call.weight, block)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Blockwise(torch.autograd.Function):
@@ -78,7 +78,7 @@ class Blockwise(torch.autograd.Function):
         return total.to(torch.promote_types(student.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * outer).to(gradient.dtype), None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -375,6 +376,8 @@ def test_time_a_token_by_length(subject: Subject) -> None:
 
 def test_stage_lora_alone(subject: Subject) -> None:
     """The stock model is made of the student before an adapter is put on it."""
+    ticks = itertools.count()
+    subject.clock = lambda: float(next(ticks))
     rows, found = stages(subject, [16], ("lora",), (RATIO,), 1)
     assert [row["name"] for row in rows] == ["lora", "lora, unconverted"]
     assert [ratio["stage"] for ratio in found["ratios"]] == ["lora"]
