@@ -194,7 +194,7 @@ class Document:
             log = math.log(max(attention, 1e-3))
             one, two = self.mixer.slot_score.attention[g].tolist()
             level = float(self.projected(self.mixer.slot_score)[g, j].detach())
-            return level + float(one) * log + float(two) * log**2
+            return level + float(one) * log + float(two) * log**2 + float(self.mixer.slot_score.rate[g].detach()) * j
         return attention * (recalled[j] if kind != "attention" else 1.0)
 
     def received(self) -> Tensor:
