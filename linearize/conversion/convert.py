@@ -243,6 +243,7 @@ def convert(
     if state_budget is not None and (method != DEFAULT or options):
         raise UsageError("a state budget finds method and options itself", "--state-budget", "leave out --method and --set")
     source = resolve(model, revision, trust_remote_code)
+    plan = plan_for(source, method, layers, options or {}, start)  # a model that cannot be converted is told before anything else
     target = output or Path(f"{source.name}-{file_name(method) if state_budget is None else f'{state_budget // 1000}KB'}")
     check_target(target, overwrite, source.path)
     on = pick_device(device)
@@ -250,8 +251,7 @@ def convert(
     if state_budget is not None:
         frontier = measure_frontier(source, layers, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
         found, shown = frontier.within(state_budget), frontier.shown(state_budget)
-        method, options = found.method, found.options
-    plan = plan_for(source, method, layers, options or {}, start)
+        plan = plan_for(source, found.method, layers, found.options, start)
     if plan.keeps:
         costs = measure_swaps(plan, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
         plan = plan.without(dearest(costs, plan.keeps))

@@ -13,7 +13,7 @@ from linearize.conversion.sources import Source
 from linearize.modeling.spec import MixerSpec, Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
-SCORE_ROWS, SCORE_LENGTH = 8, 4096  # more and longer ones where slots go by a learnt score, which must know long texts
+SCORE_ROWS, SCORE_LENGTH = 4, 4096  # more and longer ones where slots go by a learnt score, which must know long texts
 MOST_ROWS = 30  # of them, however short
 RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size

@@ -89,7 +89,7 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned", "kv_dtype": "int8"}
     plan = make_plan(str(source), options=options)
     ids = calibration_ids(AutoTokenizer.from_pretrained(source), tmp_path / "book.txt", plan)
-    assert len(ids) == CALIBRATION_ROWS + MOST_ROWS
+    assert CALIBRATION_ROWS < len(ids) <= CALIBRATION_ROWS + MOST_ROWS
     convert(str(source), options=options, calibration=tmp_path / "book.txt", output=tmp_path / "out")
     model, _ = load(tmp_path / "out")
     for layer in model.model.layers:
@@ -131,7 +131,7 @@ def test_a_rate_forgets_what_is_old() -> None:
 
 
 def test_the_rate_is_that_of_the_least_error() -> None:
-    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration()
+    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration(2)
     whole: Any = given.inputs
     target = softmax_attention(whole)
     given = Calibration(whole, target)
