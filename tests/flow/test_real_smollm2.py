@@ -32,7 +32,7 @@ PROMPT, ANSWER, CALIBRATION = 300, 256, 256
 SHORT, LONG = 512, 4096
 EXACT_PROMPT, EXACT_STEPS = 150, 12
 LOGITS, EXACT = 1e-3, 1e-8
-NOISE = 17.0  # of one rounding: a random walk of some 300, ten in each layer
+NOISE, DRAWS = 10.0, 8
 SOFTMAX = 1e-4
 
 
@@ -81,11 +81,17 @@ def has_window(method: str) -> bool:
 
 
 def rounding(model: Any, ids: Tensor) -> Tensor:
-    """How far logits (T, vocabulary) move when the embeddings do by half a unit in the last place: one rounding of hundreds."""
-    embedded = model.get_input_embeddings()(ids)
-    nudged = embedded * (1 + torch.finfo(embedded.dtype).eps / 2 * torch.randn_like(embedded).sign())
-    first, second = (model(inputs_embeds=x, use_cache=False).logits[0] for x in (embedded, nudged))
-    return (first - second).abs()
+    """How far the largest logit of the answer moves when the embeddings do by half a unit in the last place: one rounding of hundreds.
+
+    A single draw moves the largest logit by anything within a factor of ten, so it is the mean of several.
+    """
+    embedded, draw = model.get_input_embeddings()(ids), torch.Generator().manual_seed(0)
+    found, plain = torch.zeros(()), model(inputs_embeds=embedded, use_cache=False).logits[0]
+    for _ in range(DRAWS):
+        signs = torch.randn(embedded.shape, generator=draw).sign()
+        nudged = embedded * (1 + torch.finfo(embedded.dtype).eps / 2 * signs)
+        found = found + (model(inputs_embeds=nudged, use_cache=False).logits[0] - plain).abs()[PROMPT - 1 :].max() / DRAWS
+    return found
 
 
 METHODS = [pytest.param(name, marks=() if name in (*HEADLINE, "gsa") else pytest.mark.exhaustive) for name in names()]
@@ -106,7 +112,7 @@ def test_decoding_is_the_parallel_forward(loaded: tuple[Any, Any], text: Tensor,
     other = (parallel.argmax(-1) != made.sequences[0, PROMPT:]).nonzero().flatten().tolist()
     assert not other, f"tokens {other} of the answer differ; the smallest lead of a best logit is {margin:.1e}"
     assert deviation(torch.cat(made.logits), parallel) < LOGITS
-    noise = 0.0 if attentions(model)[0].linearize.spec.has_near else rounding(model, made.sequences[:, :-1])[PROMPT - 1 :].max()
+    noise = 0.0 if attentions(model)[0].linearize.spec.has_near else rounding(model, made.sequences[:, :-1])
     assert (torch.cat(made.logits) - parallel).abs().max() < max(LOGITS, NOISE * noise)
 
     cache, sizes = DynamicCache(config=model.config), {}
