@@ -112,7 +112,7 @@ def test_rows_are_as_long_as_the_text_has_enough_of_them(documents: list[int]) -
 
 
 def test_a_rate_forgets_what_is_old() -> None:
-    """Among tokens that are alike the slots keep the first ones at rate 0, the last ones at a high rate."""
+    """It adds rate times position to the score: a high one keeps the last tokens that left, a low one the first."""
     mixer, inputs = random_mixer(SPEC, dtype=torch.float32), random_inputs(tiny_shape(), TIME, 1, torch.float32)
     learned: Any = mixer.slot_score
     assert inputs.hidden is not None
@@ -122,12 +122,13 @@ def test_a_rate_forgets_what_is_old() -> None:
     learned.rate.data.copy_(torch.tensor([0.5, 2.0]))
     gained = learned.arrived(inputs.hidden, position) - plain
     assert torch.allclose(gained[0, :, :, 0], learned.rate[:, None] * position, atol=1e-4)
-    kept = []
-    for rate in (-100.0, 100.0):
+    left = range(SPEC.sinks, TIME - SPEC.window)
+    for rate, expected in ((-100.0, left[: SPEC.slots]), (100.0, left[-SPEC.slots :])):
         learned.rate.data.fill_(rate)
         _, state = mixer(inputs, empty_state(SPEC, tiny_shape(), 1, torch.float32, torch.device("cpu")), keep=True)
-        kept.append(state["k"][:, :, -SPEC.sinks - SPEC.slots :])
-    assert not torch.equal(kept[0], kept[1])
+        assert state is not None
+        slots = state["k"][:, :, SPEC.window : SPEC.window + SPEC.slots]
+        assert torch.equal(slots, inputs.k[:, :, list(expected)])
 
 
 def test_the_rate_is_that_of_the_least_error() -> None:
