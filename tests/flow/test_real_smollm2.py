@@ -81,7 +81,7 @@ def has_window(method: str) -> bool:
 
 
 def rounding(model: Any, ids: Tensor) -> Tensor:
-    """How far the largest logit of the answer moves when the embeddings do by half a unit in the last place: one rounding of hundreds.
+    """How far the largest logit of the answer moves when the embeddings do by half a unit in the last place: one rounding in many.
 
     A single draw moves the largest logit by anything within a factor of ten, so it is the mean of several.
     """
