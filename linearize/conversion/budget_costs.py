@@ -43,8 +43,8 @@ class Rows:
         """Rows of text, and after them some that ask, each kind cut into fitted and measured."""
         count = asking(len(ids))
         text, asked = ids[: len(ids) - count], ids[len(ids) - count :]
-        last = max(min(MEASURED // ids.shape[1], count // 2), 1)
-        return cls(torch.cat([text[:-last], asked[:-last], text[-last:], asked[-last:]]), last, last)
+        last, end = (max(min(MEASURED // ids.shape[1], len(own) // 2), 1) for own in (text, asked))
+        return cls(torch.cat([text[:-last], asked[:-end], text[-last:], asked[-end:]]), last, end)
 
     @property
     def fitted(self) -> slice:
