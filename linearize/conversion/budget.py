@@ -16,10 +16,10 @@ from linearize.errors import InputError
 from linearize.ranges import span
 
 SINKS, WINDOW = 4, 64
-WINDOWS = (16, 32, 64, 128, 256)
-SLOTS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+WINDOWS = (16, 64, 256)
+SLOTS = (64, 128, 256, 384, 512, 768, 1024)
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
-MEMORIES = (NARROW, 0)  # alone behind a window; 0 is the head dimension
+MEMORIES = (64, 256)  # windows with such a memory and no slots
 STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def candidates() -> list[tuple[str, Options]]:
     """Method and options of all that a layer may become: windows, windows with a memory, windows with slots and a narrow memory of
     what these give up."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
-    far: list[tuple[str, Options]] = [("default", {"window": WINDOW, "slots": 0, "feature_dim": dim}) for dim in MEMORIES]
+    far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
     kept = [{"window": WINDOW, "slots": m, "slot_score": "learned", "feature_dim": NARROW} for m in SLOTS]
     every = (*near, *far, *(("default", options) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from linearize.conversion.budget import Choice, Options, candidates
+from linearize.conversion.calibration import beginnings
 from linearize.conversion.plan import Plan, plan_for
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, asking
+from linearize.conversion.streaming import asking
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import Place
 from linearize.methods.slot_fit import fit_slot_score
@@ -26,13 +27,16 @@ from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.progress import Progress
 
-MEASURED = 8192  # tokens of text and of rows that ask, each; the rest is fitted to
+MEASURED = 8192  # tokens of text and of rows that ask, each
 TEXT_TOKENS, ASKED_TOKENS = 512, 8  # at the end of a row, whose predictions count
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Calibration rows (N, T) in order: fitted to, measured as text (so many), measured where something is asked for (so many)."""
+    """Calibration rows (N, T) in order: text that mixers are fitted to, rows that ask for something, text that is only measured.
+
+    So many rows of text, the last ones, and so many before them that ask are measured; the latter are few, and fitted to as well.
+    """
 
     ids: Tensor
     text: int
@@ -40,23 +44,24 @@ class Rows:
 
     @classmethod
     def of(cls, ids: Tensor) -> Rows:
-        """Rows of text, and after them some that ask, each kind cut into fitted and measured."""
-        count = asking(len(ids))
-        text, asked = ids[: len(ids) - count], ids[len(ids) - count :]
-        last, end = (max(min(MEASURED // ids.shape[1], len(own) // 2), 1) for own in (text, asked))
-        return cls(torch.cat([text[:-last], asked[:-end], text[-last:], asked[-end:]]), last, end)
+        """Of rows of text and, after them, some that ask."""
+        count = len(ids) - asking(len(ids))
+        text, asked = ids[:count], ids[count:]
+        most = max(MEASURED // ids.shape[1], 1)
+        last = max(min(most, len(text) // 2), 1)
+        return cls(torch.cat([text[:-last], asked, text[-last:]]), last, min(most, len(asked)))
 
     @property
     def fitted(self) -> slice:
-        return slice(len(self.ids) - self.text - self.asked)
-
-    def counted(self, measured: int) -> int:
-        """How many predictions count at the end of one of the measured rows."""
-        return min(TEXT_TOKENS if measured < self.text else ASKED_TOKENS, self.ids.shape[1] - 1)
+        return slice(len(self.ids) - self.text)
 
     @property
     def measured(self) -> slice:
-        return slice(self.fitted.stop, None)
+        return slice(self.fitted.stop - self.asked, None)
+
+    def counted(self, measured: int) -> int:
+        """How many predictions count at the end of one of the measured rows."""
+        return min(ASKED_TOKENS if measured < self.asked else TEXT_TOKENS, self.ids.shape[1] - 1)
 
 
 def measure_costs(model: Any, plan: Plan, rows: Rows, seed: int, progress: Progress) -> list[Choice]:
@@ -97,7 +102,7 @@ def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tenso
             kept.update(mixer.slot_score.state_dict())
         mixer.slot_score.load_state_dict(kept)
     if mixer.spec.has_far:
-        place.method.initialise(mixer, fitted.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH))
+        place.method.initialise(mixer, beginnings(fitted, mixer))
     return mixer
 
 
@@ -105,8 +110,8 @@ def cost(mixer: Mixer, measured: Calibration, gradient: Tensor, rows: Rows) -> t
     """KL in nats a token on text, and the same form of the log odds a token that is asked for."""
     off = mixer(measured.inputs)[0].float() - measured.target.float()  # (N, T, H, V)
     squares = (off * gradient.to(off)).sum((2, 3)).square().sum(1) / 2
-    text, asked = squares[: rows.text].mean(), squares[rows.text :].mean()
-    return float(text) / rows.counted(0), float(asked) / rows.counted(rows.text)
+    asked, text = squares[: rows.asked].mean(), squares[rows.asked :].mean()
+    return float(text) / rows.counted(rows.asked), float(asked) / rows.counted(0)
 
 
 def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> dict[int, Tensor]:
@@ -126,10 +131,10 @@ def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> d
             for i, row in enumerate(rows.ids[rows.measured]):
                 count = rows.counted(i)
                 logits = model(row[None].to(model.device), use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
-                if i < rows.text:
-                    log_probability(logits.float(), drawn(logits, draw)).sum().backward()
-                else:
+                if i < rows.asked:
                     log_odds(logits.float(), row[-count:].to(logits.device)).sum().backward()
+                else:
+                    log_probability(logits.float(), drawn(logits, draw)).sum().backward()
                 progress("gradients", i + 1, rows.text + rows.asked)
     finally:
         model.disable_input_require_grads()

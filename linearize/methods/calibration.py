@@ -33,7 +33,7 @@ class Calibration:
         return Calibration(self.inputs.first(min(tokens, self.target.shape[1])), self.target[:, :tokens])
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """The teacher's scores (B, H, block, T) a block of queries at a time, -inf at keys that it does not see."""
+        """The teacher's scores (B, H, block, stop) of a block of queries over keys up to its end, -inf at those it does not see."""
         wide = torch.promote_types(self.inputs.q.dtype, torch.float32)
         q, k = self.inputs.q.to(wide), self.inputs.k.to(wide)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -41,10 +41,10 @@ class Calibration:
         keys = torch.arange(time, device=q.device)
         for start in range(0, time, ROW_BLOCK):
             block = slice(start, min(start + ROW_BLOCK, time))
-            scores = self.inputs.score(q[:, :, block], k)
-            hidden = keys > keys[block, None]
+            scores, seen = self.inputs.score(q[:, :, block], k[:, :, : block.stop]), keys[: block.stop]
+            hidden = seen > keys[block, None]
             if self.inputs.score.sliding is not None:
-                hidden = hidden | (keys <= keys[block, None] - self.inputs.score.sliding)
+                hidden = hidden | (seen <= keys[block, None] - self.inputs.score.sliding)
             yield block, scores.masked_fill(hidden, -torch.inf)
 
     def log_mass(self) -> Tensor:
@@ -59,7 +59,9 @@ class Calibration:
         if "mean_distance" not in self._kept:
             time = self.inputs.q.shape[2]
             keys = torch.arange(time, device=self.inputs.q.device, dtype=torch.float32)
-            total = sum((scores.softmax(-1) * (keys[block, None] - keys)).sum((0, 2, 3)) for block, scores in self.rows())
+            total = sum(
+                (scores.softmax(-1) * (keys[block, None] - keys[: block.stop])).sum((0, 2, 3)) for block, scores in self.rows()
+            )
             assert isinstance(total, Tensor)
             self._kept["mean_distance"] = total / (time * self.inputs.q.shape[0])
         return self._kept["mean_distance"]

@@ -80,13 +80,15 @@ def attention_inside_and_beyond(mixer: Mixer, calibration: Calibration) -> tuple
     spec, groups = mixer.spec, mixer.shape.kv_heads
     q = calibration.inputs.q
     inside, beyond = (torch.zeros(q.shape[0], groups, q.shape[2], device=q.device) for _ in range(2))
-    keys = torch.arange(q.shape[2], device=q.device)
+    places = torch.arange(q.shape[2], device=q.device)
     for block, scores in calibration.rows():
-        distance = keys[block, None] - keys
-        reach = spec.window if spec.block == 1 else spec.window + keys[block, None] % spec.window
+        keys = places[: block.stop]
+        distance = places[block, None] - keys
+        reach = spec.window if spec.block == 1 else spec.window + places[block, None] % spec.window
         out = distance >= reach
         exact = scores.masked_fill(out & (keys >= spec.sinks), -torch.inf).softmax(-1)
         for total, share, left_out in ((inside, exact, distance <= spec.window // 8), (beyond, scores.softmax(-1), ~out)):
             most = share.masked_fill(left_out, 0).amax(2).unflatten(1, (groups, -1)).amax(2)
-            torch.maximum(total, most.to(total.dtype), out=total)
+            so_far = total[..., : block.stop]
+            torch.maximum(so_far, most.to(total.dtype), out=so_far)
     return inside, beyond
