@@ -12,13 +12,13 @@ from cli.tiny import TEXT, write_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from linearize.conversion.calibration import beginnings
 from linearize.conversion.convert import calibration_ids, convert
 from linearize.conversion.plan import make_plan
 from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, SCORE_LENGTH, SCORE_ROWS, asking, calibration_shape
 from linearize.loading import load
-from linearize.methods.calibration import Calibration, relative_error
-from linearize.methods.slot_fit import RATES, RIDGE, attention_inside_and_beyond, fit_rate, fit_slot_score
-from linearize.modeling.attention import softmax_attention
+from linearize.methods.calibration import Calibration
+from linearize.methods.slot_fit import RATE, RIDGE, attention_inside_and_beyond, fit_slot_score
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
@@ -73,6 +73,7 @@ def test_the_fit_is_the_least_squares_one() -> None:
         learned: Any = mixer.slot_score
         fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
         assert torch.allclose(fitted, least[:, 0], atol=1e-3)
+        assert float(learned.rate[head].detach()) == pytest.approx(RATE)
 
 
 def test_short_rows_leave_the_score_as_it_is() -> None:
@@ -95,6 +96,13 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     for layer in model.model.layers:
         assert layer.self_attn.linearize.slot_score.up.abs().sum() > 0
     assert plan.mixers == {replace(layer.self_attn.linearize.spec) for layer in model.model.layers}
+
+
+def test_memories_behind_learnt_slots_start_from_whole_rows() -> None:
+    """Elsewhere from the first two rows, up to 1,024 tokens of each."""
+    long = Calibration(random_inputs(tiny_shape(), 1100, 4), torch.zeros(4, 1100, 4, 8, dtype=torch.float64))
+    assert beginnings(long, random_mixer(SPEC)).target.shape[:2] == (3, 1100)
+    assert beginnings(long, random_mixer(replace(SPEC, slots=0))).target.shape[:2] == (CALIBRATION_ROWS, 1024)
 
 
 @pytest.mark.parametrize("documents", [[100], [1000] * 40, [2048] * 9, [5000] * 8, [9000] * 2, [20_000]])
@@ -129,20 +137,3 @@ def test_a_rate_forgets_what_is_old() -> None:
         assert state is not None
         slots = state["k"][:, :, SPEC.window : SPEC.window + SPEC.slots]
         assert torch.equal(slots, inputs.k[:, :, list(expected)])
-
-
-def test_the_rate_is_that_of_the_least_error() -> None:
-    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration(2)
-    whole: Any = given.inputs
-    target = softmax_attention(whole)
-    given = Calibration(whole, target)
-    learned: Any = mixer.slot_score
-    fit_rate(mixer, learned, given)
-    found = learned.rate.data.clone()
-    costs = []
-    for rate in RATES:
-        learned.rate.data.fill_(rate / 1024)
-        out = mixer(whole)[0]
-        costs.append(torch.stack([relative_error(out, target, start).unflatten(0, (2, 2)).mean(1) for start in (0, TIME - 16)]))
-    best = torch.stack([(c / costs[0]).sum(0) for c in costs]).argmin(0)
-    assert torch.equal(found, torch.tensor(RATES)[best].to(found) / 1024)
