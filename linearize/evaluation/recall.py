@@ -30,12 +30,12 @@ TASKS = ("pass-key", "s-niah-1", "s-niah-2", "s-niah-3", "multi-key", "variable-
 class Prompt:
     """A text of exactly so many tokens, which of its last ones are to be told, and where what is asked for ends.
 
-    `counted` are those of the told tokens that hold a letter or digit: a space or comma is no recall.
+    To be told are an answer's tokens that hold a letter or digit. The others are given: a space or comma is no recall, and a model
+    that goes on with another word than the space before a number has not shown that it forgot the number.
     """
 
     ids: Tokens
     told: list[bool]
-    counted: list[bool]
     end_of_hidden: int
 
 
@@ -66,7 +66,7 @@ def prompt(task: str, tokenizer: Any, essay: Sequence[int], length: int, depth: 
     end, told = Tokens(), list[bool]()
     for words, answer in asked.end:
         new = w.encode(words)
-        end, told = end + new, told + [answer] * len(new)
+        end, told = end + new, told + [answer and any(map(str.isalnum, tokenizer.decode([token]))) for token in new]
     while told and not told[-1]:
         end, told = end[:-1], told[:-1]
     room = length - len(head) - sum(map(len, hidden)) - len(end)
@@ -84,20 +84,19 @@ def prompt(task: str, tokenizer: Any, essay: Sequence[int], length: int, depth: 
     places = sorted([last, *(w.draw.randint(0, last) for _ in hidden[1:])])
     text = head + hide(around[:room], hidden, places)
     after = room - last
-    counted = [t and any(map(str.isalnum, tokenizer.decode([token]))) for t, token in zip(told, end, strict=True)]
-    return Prompt(text + end, told, counted, len(text) - after)
+    return Prompt(text + end, told, len(text) - after)
 
 
 def scores_of(variant: Variant, prompts: Sequence[Prompt]) -> list[float]:
     """The share of each answer that the variant says, in its place, when it writes the likeliest token after the other.
 
-    Prompts are as long as each other, and read side by side; words that stand between answers are given.
+    Prompts are as long as each other, and read side by side.
     """
     ids = torch.tensor([one.ids for one in prompts])
     count = max(len(one.told) - one.told.index(True) for one in prompts)
-    told, counted = (torch.tensor([last(getattr(p, name), count) for p in prompts]) for name in ("told", "counted"))
-    right = (Reader(variant).filled(ids, told) == ids[:, -count:]) & counted
-    return (right.sum(1) / counted.sum(1)).tolist()
+    told = torch.tensor([last(p.told, count) for p in prompts])
+    right = (Reader(variant).filled(ids, told) == ids[:, -count:]) & told
+    return (right.sum(1) / told.sum(1)).tolist()
 
 
 def last(mask: Sequence[bool], count: int) -> list[bool]:
