@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from linearize.conversion.budget import Choice, Options, candidates
-from linearize.conversion.calibration import beginnings
+from linearize.conversion.calibration import start_mixer
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.streaming import asking
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import Place
-from linearize.methods.slot_fit import fit_slot_score
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
@@ -96,13 +95,9 @@ def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tenso
     torch.manual_seed(seed)
     with torch.device(fitted.target.device):
         mixer = Mixer(place.mixer, plan.shape).eval()
+    start_mixer(mixer, place.method, fitted, kept)
     if mixer.slot_score is not None:
-        if not kept:
-            fit_slot_score(mixer, fitted)
-            kept.update(mixer.slot_score.state_dict())
-        mixer.slot_score.load_state_dict(kept)
-    if mixer.spec.has_far:
-        place.method.initialise(mixer, beginnings(fitted, mixer))
+        kept.update(mixer.slot_score.state_dict())
     return mixer
 
 

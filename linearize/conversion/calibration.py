@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from linearize.conversion.plan import Plan
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SCORE_LENGTH
+from linearize.methods.base import Method
 from linearize.methods.calibration import Calibration, relative_error
 from linearize.methods.slot_fit import fit_slot_score
 from linearize.modeling.attention import LinearizedAttention
@@ -25,14 +26,23 @@ def few_logits(model: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def beginnings(every: Calibration, mixer: Mixer) -> Calibration:
-    """The part of the calibration that memories start from: the first rows' beginnings.
+def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping[str, Tensor] | None = None) -> Calibration:
+    """Fit the score by which slots are given away on all rows, unless there is one, and start the memory on some: these come back.
 
-    Behind slots as many tokens as the longest row has, for few of the first thousand would get there.
+    They are the beginnings of the first rows or, behind slots whose score is learnt, 4,096 tokens of whole rows: of the first
+    thousand few would get into the memory.
     """
+    if mixer.slot_score is not None and score:
+        mixer.slot_score.load_state_dict(score)
+    else:
+        fit_slot_score(mixer, every)
     if mixer.spec.scores_learned:
-        return every.part(slice(max(SCORE_LENGTH // every.target.shape[1], 1)))
-    return every.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH)
+        some = every.part(slice(max(SCORE_LENGTH // every.target.shape[1], 1)))
+    else:
+        some = every.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH)
+    if mixer.spec.has_far:
+        method.initialise(mixer, some)
+    return some
 
 
 def start_mixers(
@@ -41,7 +51,6 @@ def start_mixers(
 ) -> list[float]:  # fmt: skip
     """Run the teacher over ids (B, T); each layer's mixer is built and started as its inputs pass, then handed to `after`.
 
-    All rows serve to fit the scores by which slots are given away, some of them everything else.
     What a start draws depends on the seed and the layer alone. Returns each layer's relative error.
     """
     seeds = torch.randint(SEEDS, (plan.total,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -53,10 +62,7 @@ def start_mixers(
         with torch.device(device):
             mixer = attention.linearize = Mixer(planned.spec, planned.shape)
         mixer.eval()
-        fit_slot_score(mixer, every)
-        calibration = beginnings(every, mixer)
-        if mixer.spec.has_far:
-            plan.parts[attention.linearize_index].method.initialise(mixer, calibration)
+        calibration = start_mixer(mixer, plan.parts[attention.linearize_index].method, every)
         output, _ = mixer(calibration.inputs)
         errors.append(float(relative_error(output, calibration.target).mean()))
         progress("calibrate", len(errors), len(plan.parts), relative_error=round(errors[-1], 4))

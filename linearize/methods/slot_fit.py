@@ -10,15 +10,17 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.slot_scores import log_attention
 
 RIDGE = 1e-3
-RATE = 0.75 / 1024  # nats a token; chosen by KL to the teacher, for a fit to the least output error forgets far too fast
+RATE = (
+    0.75 / 1024
+)  # nats a token; of the least KL on SmolLM2 (recipes/slot_rates.py): one of the least output error forgets too fast
 
 
 def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
     """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
-    that token i got inside it.
+    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. All heads fade at one rate.
 
     Only tokens that leave the window early enough to be looked at for as long again are counted; rows shorter than that leave
-    the score as it is. It fades at one rate in all heads. As KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient.
+    the score as it is.
     """
     learned, hidden, spec = mixer.slot_score, calibration.inputs.hidden, mixer.spec
     if learned is None or hidden is None:

@@ -85,7 +85,7 @@ def test_costs_tell_what_a_swap_does() -> None:
     found = measure_costs(model, plan, rows, 0, lambda *_, **__: None)
     assert len(found) == len(candidates()) * len(plan.parts)
     told = {(c.layer, c.options["window"]): c.kl for c in found if c.method == "window" and not c.options["slots"]}
-    text = rows.ids[rows.measured][: rows.text]
+    text = rows.ids[rows.measured][rows.asked :]
     with torch.no_grad():
         with mode(model, "observe"):
             teacher = model(text).logits[:, :-1].log_softmax(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from cli.tiny import TEXT, write_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from linearize.conversion.calibration import beginnings
+from linearize.conversion.calibration import start_mixer
 from linearize.conversion.convert import calibration_ids, convert
 from linearize.conversion.plan import make_plan
 from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, SCORE_LENGTH, SCORE_ROWS, asking, calibration_shape
 from linearize.loading import load
+from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
+from linearize.methods.default import Default
 from linearize.methods.slot_fit import RATE, RIDGE, attention_inside_and_beyond, fit_slot_score
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
@@ -48,7 +50,9 @@ def by_loops(given: Calibration, row: int, head: int, token: int) -> tuple[float
     return inside, beyond
 
 
-def test_attention_inside_and_beyond_the_window() -> None:
+@pytest.mark.parametrize("block", [7, 256])
+def test_attention_inside_and_beyond_the_window(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrations, "ROW_BLOCK", block)
     given = calibration()
     inside, beyond = attention_inside_and_beyond(random_mixer(SPEC), given)
     for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1)):
@@ -98,12 +102,34 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     assert plan.mixers == {replace(layer.self_attn.linearize.spec) for layer in model.model.layers}
 
 
+def test_what_the_teacher_does_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, apart = calibration(), calibration()
+    log_mass, distance = whole.log_mass(), whole.mean_distance()
+    monkeypatch.setattr(calibrations, "ROW_BLOCK", 7)
+    assert torch.allclose(apart.log_mass(), log_mass)
+    assert torch.allclose(apart.mean_distance(), distance)
+
+
+class Seen(Default):
+    """Keeps what its memory was started on."""
+
+    rows: ClassVar[list[Calibration]] = []
+
+    def initialise(self, mixer: Any, calibration: Calibration) -> None:
+        self.rows.append(calibration)
+
+
 def test_memories_behind_learnt_slots_start_from_whole_rows() -> None:
-    """Elsewhere from the first two rows, up to 1,024 tokens of each."""
-    long = Calibration(random_inputs(tiny_shape(), 1100, 4), torch.zeros(4, 1100, 4, 8, dtype=torch.float64))
-    assert beginnings(long, random_mixer(SPEC)).target.shape[:2] == (3, 1100)
-    plain = random_mixer(replace(SPEC, slots=0, slot_score="attention"))
-    assert beginnings(long, plain).target.shape[:2] == (CALIBRATION_ROWS, 1024)
+    """Elsewhere from the first two rows, up to 1,024 tokens of each; a score that is there already is not fitted again."""
+    long = Calibration(random_inputs(tiny_shape(), 1100, 4, torch.float32), torch.zeros(4, 1100, 4, 8))
+    far = MixerSpec(feature_map="identity", share_kv=True, window=4, sinks=2)
+    slotted = random_mixer(replace(far, slots=3, slot_score="learned"), dtype=torch.float32)
+    assert slotted.slot_score is not None
+    known = {name: torch.full_like(x, 0.5) for name, x in slotted.slot_score.state_dict().items()}
+    for mixer, score, shape in ((slotted, None, (3, 1100)), (slotted, known, (3, 1100)), (random_mixer(far), None, (2, 1024))):
+        used = start_mixer(mixer, Seen(), long, score)
+        assert used.target.shape[:2] == Seen.rows[-1].target.shape[:2] == shape
+    assert all(bool((x == 0.5).all()) for x in slotted.slot_score.state_dict().values())
 
 
 @pytest.mark.parametrize("documents", [[100], [1000] * 40, [2048] * 9, [5000] * 8, [9000] * 2, [20_000]])
