@@ -11,8 +11,9 @@ import pytest
 import torch
 from cli.tiny import TEXT, Cli, write_model
 
+from linearize.conversion import budget_costs
 from linearize.conversion.budget import Choice, Frontier, Layout, candidates
-from linearize.conversion.budget_costs import Rows, log_odds, measure_costs
+from linearize.conversion.budget_costs import ASKED_TOKENS, Rows, log_odds, measure_costs, output_gradients
 from linearize.conversion.convert import attach
 from linearize.conversion.plan import plan_for
 from linearize.conversion.ranking import alone
@@ -97,6 +98,26 @@ def test_costs_tell_what_a_swap_does() -> None:
                 student = model(text).logits[:, :-1].log_softmax(-1)
             real = float((teacher.exp() * (teacher - student)).sum(-1).mean())
             assert real / 2 < told[attention.linearize_index, window] < real * 2
+
+
+def test_rows_that_ask_count_by_log_odds_at_their_end_and_text_by_log_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_family("llama")
+    source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
+    plan = plan_for(source, "window", None, {"window": 64}, "calibrated")
+    model = attach(base.eval(), plan.config_field())
+    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, 32))
+    rows, seen = Rows.of(ids), list[tuple[str, list[int]]]()
+    for name in ("log_odds", "log_probability"):
+        own = getattr(budget_costs, name)
+        monkeypatch.setattr(
+            budget_costs, name, lambda x, told, name=name, own=own: seen.append((name, told.tolist())) or own(x, told)
+        )
+    found = output_gradients(model, rows, 0, lambda *_, **__: None)
+    assert [name for name, _ in seen] == ["log_odds"] * rows.asked + ["log_probability"] * rows.text
+    asked = rows.ids[rows.measured][: rows.asked, -ASKED_TOKENS:]
+    assert [told for _, told in seen[: rows.asked]] == asked.tolist()
+    assert {len(told) for _, told in seen[rows.asked :]} == {31}
+    assert all(len(x) == rows.asked + rows.text for x in found.values())
 
 
 def test_rows_are_fitted_or_measured() -> None:

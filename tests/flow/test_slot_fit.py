@@ -108,6 +108,13 @@ def test_what_the_teacher_does_is_the_same_in_blocks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(calibrations, "ROW_BLOCK", 7)
     assert torch.allclose(apart.log_mass(), log_mass)
     assert torch.allclose(apart.mean_distance(), distance)
+    head = 3
+    q, k = apart.inputs.q[:, head], apart.inputs.k[:, head // 2]
+    seen = torch.ones(TIME, TIME).tril() > 0
+    scores = apart.inputs.score(q, k).masked_fill(~seen, -torch.inf)
+    away = torch.arange(TIME)[:, None] - torch.arange(TIME)
+    assert torch.allclose(log_mass[:, head], scores.logsumexp(-1))
+    assert torch.allclose(distance[head].double(), (scores.softmax(-1) * away).sum(-1).mean())
 
 
 class Seen(Default):
@@ -122,7 +129,7 @@ class Seen(Default):
 def test_memories_behind_learnt_slots_start_from_whole_rows() -> None:
     """Elsewhere from the first two rows, up to 1,024 tokens of each; a score that is there already is not fitted again."""
     long = Calibration(random_inputs(tiny_shape(), 1100, 4, torch.float32), torch.zeros(4, 1100, 4, 8))
-    far = MixerSpec(feature_map="identity", share_kv=True, window=4, sinks=2)
+    far = replace(Default().mixer(), window=4, sinks=2)
     slotted = random_mixer(replace(far, slots=3, slot_score="learned"), dtype=torch.float32)
     assert slotted.slot_score is not None
     known = {name: torch.full_like(x, 0.5) for name, x in slotted.slot_score.state_dict().items()}
