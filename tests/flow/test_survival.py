@@ -52,7 +52,7 @@ def lines(where: Path) -> list[dict[str, Any]]:
 
 
 def killed(folder: Path, text: Path, output: Path, at: tuple[int, int, int], processes: int, *more: str) -> int:
-    """The exit code of a run that is killed (rank, stage, step)."""
+    """The exit code of a run that is killed (rank, stage, step); what it said is printed, for a test that fails."""
     arguments = [str(x) for x in at] + [str(folder), "--data", str(text), "--sequence", str(LENGTH), "-o", str(output), *more]
     rows = 1 if "--sequence-parallel" in more else processes
     arguments += ["--tokens", str(LENGTH * STEPS * rows), "--save-every", "10", "--set", "stages.lora.dropout=0.3"]
@@ -61,6 +61,7 @@ def killed(folder: Path, text: Path, output: Path, at: tuple[int, int, int], pro
         [sys.executable, *launch, str(HERE / "killed.py"), *arguments],
         capture_output=True, text=True, env=environment(), timeout=300, check=False,
     )  # fmt: skip
+    print(done.stdout, done.stderr, sep="\n")
     return done.returncode
 
 
