@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,9 @@ class Terminal:
         self.master, slave = pty.openpty()
         command = [sys.executable, "-m", "linearize", *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm", **settings), start_new_session=True
-        )
+            command, stdin=slave, stdout=slave, stderr=slave, env=environment(TERM="xterm", **settings), start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+        )  # fmt: skip
         os.close(slave)
         self.seen = ""
 
