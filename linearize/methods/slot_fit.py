@@ -56,18 +56,24 @@ def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:
 def attention_inside_and_beyond(mixer: Mixer, calibration: Calibration) -> tuple[Tensor, Tensor]:
     """The largest attention of a query that each token gets from more than an eighth of the window away while it is in the window,
     of what sinks and window then share out; and from beyond the window, of the teacher's own: each (B, G, T)."""
-    spec, groups = mixer.spec, mixer.shape.kv_heads
-    q = calibration.inputs.q
-    inside, beyond = (torch.zeros(q.shape[0], groups, q.shape[2], device=q.device) for _ in range(2))
+    spec, groups, q = mixer.spec, mixer.shape.kv_heads, calibration.inputs.q
+    inside, beyond = (torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device) for _ in range(2))  # logarithms
     places = torch.arange(q.shape[2], device=q.device)
+    first = places - spec.window + 1 if spec.block == 1 else (places // spec.window - 1) * spec.window  # in a query's window
+
+    def note(found: Tensor, keys: Tensor, scores: Tensor) -> None:
+        most = scores.amax(2).unflatten(1, (groups, -1)).amax(2).to(found.dtype)
+        found[..., keys] = torch.maximum(found[..., keys], most)
+
     for block, scores in calibration.rows():
-        keys = places[: block.stop]
-        distance = places[block, None] - keys
-        reach = spec.window if spec.block == 1 else spec.window + places[block, None] % spec.window
-        out = distance >= reach
-        exact = scores.masked_fill(out & (keys >= spec.sinks), -torch.inf).softmax(-1)
-        for total, share, left_out in ((inside, exact, distance <= spec.window // 8), (beyond, scores.softmax(-1), ~out)):
-            most = share.masked_fill(left_out, 0).amax(2).unflatten(1, (groups, -1)).amax(2)
-            so_far = total[..., : block.stop]
-            torch.maximum(so_far, most.to(total.dtype), out=so_far)
-    return inside, beyond
+        queries, mass = places[block, None], scores.logsumexp(-1, keepdim=True)
+        gone = max(int(first[block.start]), 0)  # keys before this one have left the window of all queries of the block
+        gone = gone if gone > spec.sinks else 0
+        keys = torch.cat([places[: min(spec.sinks, gone)], places[gone : block.stop]])
+        near, out = scores[..., keys], keys < first[block, None]
+        exact = near.masked_fill(out & (keys >= spec.sinks), -torch.inf)
+        shares = exact - exact.logsumexp(-1, keepdim=True)
+        note(inside, keys, shares.masked_fill(queries - keys <= spec.window // 8, -torch.inf))
+        note(beyond, keys, (near - mass).masked_fill(~out, -torch.inf))
+        note(beyond, places[:gone], scores[..., :gone].sub_(mass))
+    return inside.exp(), beyond.exp()
