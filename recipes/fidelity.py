@@ -38,6 +38,7 @@ from linearize.evaluation.reading import Variant
 from linearize.evaluation.recall import Grid, by_length, retrieval
 from linearize.evaluation.texts import Texts
 from linearize.loading import load
+from linearize.methods.slot_fit import FADE_TOKENS
 from linearize.modeling.modeling_linearized import attentions
 from linearize.pipeline import measured_documents
 
@@ -289,6 +290,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=30, help="further documents of which 1,024 tokens are read")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length, in fives: one at each depth")
     parser.add_argument("--parts", default="text,recall")
+    parser.add_argument(
+        "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
+    )
     parser.add_argument("--teacher")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -301,6 +305,8 @@ def main() -> None:
     args, began = arguments(), time.monotonic()
     model, tokenizer = load(args.student, dtype=args.dtype, device=args.device)
     plan = model.config.linearize
+    for score in (a.linearize.slot_score for a in attentions(model) if args.fade is not None and a.linearize.slot_score):
+        score.rate.data.fill_(args.fade / FADE_TOKENS)
     docs, what = measured_documents(plan, args.data, documents(args.data), args.held_out)
     host, note = teacher_host(model, plan, args.teacher, args.device)
     if host is None:

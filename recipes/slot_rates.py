@@ -21,19 +21,18 @@ from linearize.conversion.budget_costs import Rows, measure_costs
 from linearize.conversion.convert import attach, calibration_ids, load_source
 from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import resolve
-from linearize.methods import slot_fit
 
 
 def measured(args: argparse.Namespace) -> Iterator[tuple[float, list[Choice]]]:
     """Costs of every layer at each rate, all on the same rows."""
     source, options = resolve(args.model), {"window": WINDOW, "slots": args.slots, "slot_score": "learned", **STORED}
-    plan = plan_for(source, "default", args.layers, {**options, "feature_dim": NARROW}, "calibrated")
+    options["feature_dim"] = NARROW
+    plan = plan_for(source, "default", args.layers, options, "calibrated")
     loaded, tokenizer = load_source(source, torch.bfloat16, False)
     rows = Rows.of(calibration_ids(tokenizer, args.data, plan, args.held_out))
     model = attach(loaded.eval(), plan.config_field())
-    only = [("default", {**options, "feature_dim": NARROW})]
     for rate in map(float, args.rates.split(",")):
-        with patch.object(slot_fit, "RATE", rate / 1024), patch.object(budget_costs, "candidates", lambda: only):
+        with patch.object(budget_costs, "candidates", return_value=[("default", {**options, "slot_fade": rate})]):
             yield rate, measure_costs(model, plan, rows, 0, lambda *_, **__: None)
 
 

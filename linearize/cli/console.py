@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 PIPED_WIDTH = 120  # of a table that no terminal bounds
+GAP = 2  # spaces between columns
+LONGEST_WORD = 20  # that a column of words leaves whole where a table is too wide
 INTERVAL = 5.0  # seconds between two lines of progress in a log
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column; numbers stand right and never wrap."""
+    """A table's column; numbers stand right and never wrap, as their title may."""
 
     title: str
     number: bool = False
@@ -82,10 +84,11 @@ class Console:
             return
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header, header_style="bold")
-        for column in columns:
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=header, header_style="bold")
+        room = rich_console(sys.stdout).width - GAP * len(columns)
+        for column, width in zip(columns, widths(columns, rows, header, room), strict=True):
             right = "right" if column.number else "left"
-            table.add_column(column.title, justify=right, no_wrap=column.number, overflow="fold")  # type: ignore[arg-type]
+            table.add_column(column.title, justify=right, width=width, overflow="fold")  # type: ignore[arg-type]
         for row in rows:
             table.add_row(*row)
         self.pause()
@@ -183,6 +186,26 @@ class Bars:
         if self.bars is not None:
             self.bars.stop()
         self.bars, self.ids = None, {}
+
+
+def widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], header: bool, room: int) -> list[int | None]:
+    """A table's columns, each as wide as it would be or, where that is more than `room`, the ones with most to spare narrower.
+
+    Numbers stay whole, words up to LONGEST_WORD letters. None for all columns where not even that fits.
+    """
+    found, least = [], []
+    for column, *cells in zip(columns, *rows, strict=True):
+        title = column.title if header else ""
+        words = max(map(len, f"{title} {'' if column.number else ' '.join(cells)}".split()), default=0)
+        numbers = max(map(len, cells), default=0) if column.number else 0
+        found.append(max(map(len, (title, *cells))))
+        least.append(max(min(words, LONGEST_WORD), numbers))
+    if sum(least) > room:
+        return [None] * len(columns)
+    while sum(found) > room:
+        spare = [own - less for own, less in zip(found, least, strict=True)]
+        found[spare.index(max(spare))] -= 1
+    return list(found)
 
 
 def rich_console(stream: TextIO) -> RichConsole:

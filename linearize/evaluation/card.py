@@ -12,6 +12,7 @@ from linearize.errors import InputError
 
 BEGIN, END = "<!-- linearize: measured -->", "<!-- linearize: end of measured -->"
 FRONT_BEGIN, FRONT_END = "# linearize: measured", "# linearize: end of measured"
+PLAIN = 1000  # from there on a figure has no decimals
 SHOWN = {"perplexity": "Perplexity", "kl": "KL to the teacher", "top1": "Top-1 agreement with the teacher"}
 
 
@@ -132,8 +133,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    """With so many digits behind the point; none where they say nothing."""
+    return "-" if value is None else f"{value:.{digits if abs(value) < PLAIN else 0}f}"
 
 
 def spread(interval: Sequence[float] | None) -> str:
-    return "" if not interval else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return "" if not interval else f" [{number(interval[0], 3)}, {number(interval[1], 3)}]"

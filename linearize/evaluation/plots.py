@@ -17,6 +17,7 @@ INK = "#010203"  # stands for the page's text colour, in light and in dark
 SIZE = (4.6, 3.1)  # inches: readable on a telephone, two or three side by side on a desk
 COLOURS = ("#2f7ed8", "#e0703a", "#a95fc9", "#c29a1b", "#2fa36b", "#d6496d", "#4bb3c4", "#8c6d4f")
 TEACHER = "#8a8f98"
+FAR_OFF = 1.5  # times the first line's perplexity: such a line would flatten all others
 
 
 def need_plots() -> None:
@@ -119,15 +120,32 @@ def losses(title: str, lines: Sequence[Found]) -> str:
     return made.svg
 
 
-def positions(title: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Perplexity by position, from nats a token in bins."""
-    drawn = {name: ([x for x, _ in points], [math.exp(min(y, 50)) for _, y in points]) for name, points in curves.items() if points}
-    if not drawn:
+def positions(title: str, curves: Mapping[str, Sequence[Sequence[float]]], over: str = "") -> str:
+    """Perplexity by position, from nats a token in bins, or its ratio to that of the model `over`.
+
+    A model whose perplexity is more than FAR_OFF times the first one's on the whole is named instead of drawn.
+    """
+    drawn = {name: points for name, points in curves.items() if points and name != over}
+    if not drawn or (over and not curves.get(over)):
         return ""
-    with figure(title, "position in the document", "perplexity") as made:
-        made.lines(drawn)
-        made.lengths([2**i for i in range(8, 20) if 2**i <= max(max(x) for x, _ in drawn.values())])
-        made.axes.set_yscale("log")
+    first = curves[over] if over else next(iter(drawn.values()))
+    level = {name: sum(y for _, y in points) / len(points) for name, points in (("", first), *drawn.items())}
+    far = [name for name in drawn if level[name] - level[""] > math.log(FAR_OFF)]
+    less = dict(curves[over]) if over else {}
+    lines = {
+        name: ([x for x, _ in points], [math.exp(min(y - less.get(x, 0.0), 50)) for x, y in points])
+        for name, points in drawn.items()
+        if name not in far
+    }
+    if not lines:
+        return ""
+    note = f"\nnot drawn, far worse: {', '.join(far)}" if far else ""
+    unit = f"perplexity over {over}'s" if over else "perplexity"
+    with figure(title + note, "position in the document", unit, name=title) as made:
+        made.lines(lines)
+        made.lengths([2**i for i in range(8, 20) if 2**i <= max(max(x) for x, _ in lines.values())])
+        if not over:
+            made.axes.set_yscale("log")
     return made.svg
 
 

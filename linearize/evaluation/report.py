@@ -233,7 +233,10 @@ def drawings(entries: Sequence[Entry]) -> dict[str, list[str]]:
         for title, draw in (("Hidden states' error", plots.streams), ("Heads' error", plots.heads), ("Far share", plots.shares)):
             layers.append(draw(named(entries, entry, title), entry.found["layers"]))
     return {
-        "positions": [plots.positions("Perplexity by position", curves)],
+        "positions": [
+            plots.positions("Perplexity by position", curves),
+            plots.positions("Perplexity over the teacher's", curves, over="teacher"),
+        ],
         "losses": [plots.losses(f"Loss of {Path(entry.name).name}", entry.metrics) for entry in entries],
         "layers": layers,
         "speed": speed,

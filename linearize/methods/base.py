@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from linearize.errors import InputError
 from linearize.modeling.spec import CHOICES, MixerSpec, Shape
+from linearize.modeling.spec_rules import FADE
 
 if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
@@ -22,6 +23,7 @@ AXES: dict[str, str] = {
     "sinks": "exact first tokens",
     "slots": "exact places for tokens that left the window",
     "slot_score": "which tokens get them: attention, recall, product, norm or learned",
+    "slot_fade": "nats that a learnt score loses in 1,024 tokens; 0 is none",
     "share_kv": "one memory for each kv head: a state H/G times smaller",
     "far_rope": "queries and keys of the memory keep RoPE",
     "conv": "taps of a causal convolution on q and k of the memory; 0 is none",
@@ -158,7 +160,7 @@ def moved(spec: MixerSpec, axes: Mapping[str, Any]) -> MixerSpec:
         new = replace(new, coverage="older", window=max(new.window, 1), **kind)
     if spec.has_near and spec.has_far and not new.window:
         new = replace(
-            new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", null_logits=0,
+            new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", slot_fade=FADE, null_logits=0,
             kv_dtype="model", far_mass="none", learned_weights=False, far_weight=None,
         )  # fmt: skip
     return replace(new, **{key: value for key, value in axes.items() if key in ("merge", "coverage", "far_mass")})

@@ -10,14 +10,13 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.slot_scores import log_attention
 
 RIDGE = 1e-3
-RATE = (
-    0.75 / 1024
-)  # nats a token; of the least KL on SmolLM2 (recipes/slot_rates.py): one of the least output error forgets too fast
+FADE_TOKENS = 1024  # in which a score falls behind by its `slot_fade`
 
 
 def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
     """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
-    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. All heads fade at one rate.
+    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. All heads fade alike, at a
+    rate that is not fitted: the one of the least output error forgets too fast.
 
     Only tokens that leave the window early enough to be looked at for as long again are counted; rows shorter than that leave
     the score as it is.
@@ -40,7 +39,7 @@ def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
         learned.up.data[head], learned.attention.data[head] = weight[: x.shape[1] - 1], weight[x.shape[1] :]
         assert learned.bias is not None
         learned.bias.data[head] = weight[x.shape[1] - 1]
-    learned.rate.data.fill_(RATE)
+    learned.rate.data.fill_(spec.slot_fade / FADE_TOKENS)
 
 
 def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:

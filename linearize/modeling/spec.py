@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .spec_maps import MAPS, map_width
-from .spec_rules import rules
+from .spec_rules import FADE, rules
 
 SCHEMA_VERSION = 1
 
@@ -95,6 +95,7 @@ class MixerSpec:
     sinks: int = 0
     slots: int = 0  # exact places for tokens that left the window
     slot_score: str = "attention"
+    slot_fade: float = FADE  # nats in 1,024 tokens by which a learnt score falls behind those of newer tokens
     null_logits: int = 0  # learned logits that enter the near denominator alone
     merge: str = "denominator"
     near_weight: float = 0.5  # of a weighted sum

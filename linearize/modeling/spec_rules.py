@@ -8,6 +8,7 @@ from .spec_maps import MAPS
 
 PER_CHANNEL = ("key", "channel", "complex")
 LEARNED_GATES = ("head", "channel", "complex")
+FADE = 0.75  # of a learnt slot score unless it is set: of the least KL on SmolLM2 (recipes/slot_rates.py)
 
 Rule = tuple[bool, str]
 
@@ -30,6 +31,8 @@ def _near(s: Any) -> list[Rule]:
         ),
         (not s.has_near and s.kv_dtype != "model", "kv_dtype is that of exact tokens, and merge 'far' has none"),
         (not s.slots and s.slot_score != "attention", "a slot_score needs slots"),
+        (s.slot_fade != FADE and not s.scores_learned, "slot_fade belongs to slot_score 'learned'"),
+        (s.slot_fade < 0, "slot_fade must be at least 0"),
         (
             s.scores_recall and s.coverage != "older",
             f"slot_score '{s.slot_score}' reads a memory of older tokens: set coverage='older'",

@@ -67,6 +67,21 @@ def test_a_narrow_terminal_loses_nothing(cli: Cli, model: Path, monkeypatch: pyt
     assert "\x1b" not in done.out
 
 
+@pytest.mark.parametrize("width", [70, 80, 120])
+def test_a_wide_table_keeps_its_words_and_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    titles = ("student, far memory off", "student, slots off", "window 416 + 4 sinks alone", "student 95%", "prompts")
+    columns = [console.Column("recall"), *(console.Column(title, True) for title in titles)]
+    row = ["variable-tracking", "100.0%", "5.0%", "10.0%", "51-100", "4"]
+    console.Console().table(columns, [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == row
+    assert max(map(len, lines)) <= width
+    assert sorted(" ".join(lines[:-1]).split()) == sorted(" ".join(["recall", *titles]).split())
+
+
 def test_inspect(cli: Cli, converted: Path) -> None:
     done = cli("inspect", converted)
     assert done.code == 0

@@ -25,6 +25,13 @@ USAGE = [
     Fault("option not key=value", 2, "'window' is not key=value", "plan tiny --set window", fix="--set window=VALUE"),
     Fault("option set twice", 2, "'window' is set twice", "plan tiny --set window=1 --set window=2"),
     Fault("illegal point", 3, "needs slots", "plan tiny --set slot_score=recall", fix="linearize methods default"),
+    Fault("fade of no learnt score", 3, "slot_fade belongs to slot_score 'learned'", "plan tiny --set slots=8 --set slot_fade=0.3"),
+    Fault(
+        "a score that grows with age",
+        3,
+        "slot_fade must be at least 0",
+        "plan tiny --set slots=8 --set slot_score=learned --set slot_fade=-1",
+    ),
     Fault("layer not there", 3, "layer 7 does not exist", "plan tiny --layers 7"),
     Fault("layers not readable", 3, "cannot read the layers 'x'", "plan tiny --layers x", fix="every:4"),
     Fault("number out of range", 2, "'--temperature'", "generate tiny-default --prompt a --temp -1"),

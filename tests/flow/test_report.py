@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion.convert import convert
 from linearize.errors import InputError, ResourceError
+from linearize.evaluation import plots
 from linearize.evaluation.card import BEGIN, END, update_card
 from linearize.evaluation.plots import need_plots
 from linearize.evaluation.report import Entry, render
@@ -99,6 +101,36 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     }
     facts = {"model": "m", "method": "default", "text": "t", "tokens": 1, "documents": 1, "environment": {}, "notes": []}
     return {**facts, **empty, "rows": [row], **changes}
+
+
+CURVES = {
+    "teacher": [(256, 2.0), (512, 1.0)],
+    "student": [(256, 2.0 + math.log(1.5)), (512, 1.0)],
+    "student, window off": [(256, 9.0), (512, 9.0)],
+    "student, slots off": [],
+}
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, over: str) -> tuple[str, dict[str, Any]]:
+    """The plot by position, and its lines."""
+    found: dict[str, Any] = {}
+    real = plots.Figure.lines
+    monkeypatch.setattr(plots.Figure, "lines", lambda self, curves: (found.update(curves), real(self, curves))[1])
+    return plots.positions("By position", CURVES, over), found
+
+
+def test_a_model_that_is_far_off_flattens_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    svg, lines = drawn(monkeypatch, "")
+    assert list(lines) == ["teacher", "student"]
+    assert lines["teacher"] == ([256, 512], pytest.approx([math.exp(2), math.e]))
+    assert "not drawn, far worse: student, window off" in svg
+
+
+def test_ratios_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    svg, lines = drawn(monkeypatch, "teacher")
+    assert lines == {"student": ([256, 512], pytest.approx([1.5, 1.0]))}
+    assert "perplexity over teacher" in svg
+    assert plots.positions("By position", {"student": CURVES["student"]}, "teacher") == ""
 
 
 def test_a_card_written_twice_is_written_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from linearize.loading import load
 from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
 from linearize.methods.default import Default
-from linearize.methods.slot_fit import RATE, RIDGE, attention_inside_and_beyond, fit_slot_score
+from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, attention_inside_and_beyond, fit_slot_score
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
@@ -60,8 +60,9 @@ def test_attention_inside_and_beyond_the_window(block: int, monkeypatch: pytest.
         assert (float(inside[row, head, token]), float(beyond[row, head, token])) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_fit_is_the_least_squares_one() -> None:
-    mixer, given = random_mixer(SPEC, dtype=torch.float32), calibration()
+@pytest.mark.parametrize("fade", [0.0, 0.75])
+def test_the_fit_is_the_least_squares_one(fade: float) -> None:
+    mixer, given = random_mixer(replace(SPEC, slot_fade=fade), dtype=torch.float32), calibration()
     fit_slot_score(mixer, given)
     got, wanted = attention_inside_and_beyond(mixer, given)
     counted = slice(SPEC.sinks, TIME - 2 * SPEC.window)
@@ -77,7 +78,7 @@ def test_the_fit_is_the_least_squares_one() -> None:
         learned: Any = mixer.slot_score
         fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
         assert torch.allclose(fitted, least[:, 0], atol=1e-3)
-        assert float(learned.rate[head].detach()) == pytest.approx(RATE)
+        assert float(learned.rate[head].detach()) == pytest.approx(fade / FADE_TOKENS)
 
 
 def test_short_rows_leave_the_score_as_it_is() -> None:
