@@ -131,7 +131,7 @@ def positions(title: str, curves: Mapping[str, Sequence[Sequence[float]]], over:
     first = curves[over] if over else next(iter(drawn.values()))
     level = {name: sum(y for _, y in points) / len(points) for name, points in (("", first), *drawn.items())}
     far = [name for name in drawn if level[name] - level[""] > math.log(FAR_OFF)]
-    less = dict(curves[over]) if over else {}
+    less = {point[0]: point[1] for point in curves[over]} if over else {}
     lines = {
         name: ([x for x, _ in points], [math.exp(min(y - less.get(x, 0.0), 50)) for x, y in points])
         for name, points in drawn.items()
