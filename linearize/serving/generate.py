@@ -99,6 +99,14 @@ class Generator:
         """End the running answer after the token in work."""
         self._stop.asked.set()
 
+    def read(self, ids: list[int], cache: Any) -> None:
+        """Let the cache take in `ids`, the first of which it holds."""
+        for start in range(cache.get_seq_length(), len(ids), PREFILL_CHUNK):
+            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=self.model.device)
+            positions = torch.arange(start, start + chunk.shape[1], device=self.model.device)[None]
+            with torch.no_grad():
+                self.model(input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
     def stream(self, ids: list[int], cache: Any, settings: Settings) -> Iterator[str]:
         """Pieces of text that follow `ids`, the first of which the cache holds; afterwards `ids` is the whole sequence."""
         self._stop = _Stop()
@@ -125,8 +133,11 @@ class Generator:
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        yield from (piece for piece in streamer if piece)
-        worker.join()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:  # whoever reads may have had enough
+            self.stop()
+            worker.join()
         if failed:
             raise failed[0]
         new = len(found[0]) - len(ids)

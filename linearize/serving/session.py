@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,29 @@ from linearize.progress import Progress, silent
 from linearize.serving.generate import Generator, Run, Settings, open_generator
 
 SNAPSHOTS = 8
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass
+class Heard:
+    """What a cache has read: the first `length` letters of the talk as its template writes it, whose hash is `digest`.
+
+    `pending` are the last tokens of them, which the cache is still to read; `turns` messages stand in them. Neither the text nor
+    its tokens are kept: a talk's memory would grow with them.
+    """
+
+    cache: Any
+    turns: int = 0
+    length: int = 0
+    digest: int = hash("")
+    pending: list[int] = field(default_factory=list)
+
+    def begins(self, text: str) -> bool:
+        """Whether the talk is still what was read, and goes on."""
+        return hash(text[: self.length]) == self.digest
+
+    def note(self, text: str, pending: list[int]) -> None:
+        self.length, self.digest, self.pending = len(text), hash(text), pending
 
 
 class Session:
@@ -40,52 +64,80 @@ class Session:
     def reset(self) -> None:
         """Forget the talk."""
         self.history: list[dict[str, str]] = []
-        self._consumed: list[int] = []
-        self._cache = self.generator.new_cache()
-        self._snapshots: list[tuple[int, list[int], Any]] = []
+        self._heard = Heard(self.generator.new_cache())
+        self._snapshots: list[Heard] = []
 
     def undo(self) -> None:
         """Take the last question and its answer back; the state is as it was before them."""
         del self.history[-2:]
         while self._snapshots:
-            turns, consumed, cache = self._snapshots.pop()
-            if turns == len(self.history):
-                self._consumed, self._cache = consumed, cache
+            last = self._snapshots.pop()
+            if last.turns == len(self.history):
+                self._heard = last
                 return
-        self._consumed, self._cache = [], self.generator.new_cache()
+        self._heard = Heard(self.generator.new_cache())
 
     def ask(self, text: str, settings: Settings) -> Iterator[str]:
         """Pieces of the answer. Special tokens in the user's text are text, not commands."""
-        self._snapshots = [*self._snapshots, (len(self.history), list(self._consumed), copy.deepcopy(self._cache))][-SNAPSHOTS:]
+        before = list(self.history)
         self.history.append({"role": "user", "content": self._plain(text)})
-        ids = self._render()
-        if ids[: len(self._consumed)] != self._consumed or len(ids) <= len(self._consumed):
-            self._consumed, self._cache = [], self.generator.new_cache()  # the template re-wrote the past: read it again
-        pieces = []
+        talk = self._render(self.history)
+        if not self._heard.begins(talk):
+            self._go_back(talk, before)
+        self._heard.turns = len(before)
+        self._snapshots = [*self._snapshots, copy.deepcopy(self._heard)][-SNAPSHOTS:]
+        ids, pieces, whole = self._unread(talk), list[str](), False
         try:
-            for piece in self.generator.stream(ids, self._cache, settings):
+            for piece in self.generator.stream(ids, self._heard.cache, settings):
                 pieces.append(piece)
                 yield piece
+            whole = True
         finally:
-            self.generator.stop()
-            self.history.append({"role": "assistant", "content": "".join(pieces)})
-            self._consumed = ids[: self._cache.get_seq_length()]
+            answer = "".join(pieces)
+            self.history.append({"role": "assistant", "content": answer})
+            if whole:
+                special = set(self.generator.tokenizer.all_special_ids)  # the template writes what ends an answer
+                rest = ids[self._heard.cache.get_seq_length() :]
+                self._heard.note(talk + answer, [token for token in rest if token not in special])
+            else:  # nobody knows how far the cache has come
+                self._heard = copy.deepcopy(self._snapshots[-1])
+
+    def _go_back(self, talk: str, before: Messages) -> None:
+        """The newest state that has read a beginning of the talk, brought to the end of what was said before this question.
+
+        A template may write the past in another way than it was said, an answer without the spaces at its ends for one. Mostly one
+        turn is read again, so that what a turn costs does not grow with the talk.
+        """
+        while self._snapshots and not self._snapshots[-1].begins(talk):
+            self._snapshots.pop()
+        self._heard = copy.deepcopy(self._snapshots[-1]) if self._snapshots else Heard(self.generator.new_cache())
+        said = self._render(before, question=False) if before else ""
+        if len(said) > self._heard.length and talk.startswith(said):
+            self.generator.read(self._unread(said), self._heard.cache)
+            self._heard.note(said, [])
+
+    def _unread(self, talk: str) -> list[int]:
+        """Tokens of the talk, which begins with what was heard: of those that the cache has read their number alone is right."""
+        tokenizer, heard = self.generator.tokenizer, self._heard
+        first = heard.length == 0 and tokenizer.chat_template is None  # elsewhere the template has written the special tokens
+        new = tokenizer(talk[heard.length :], add_special_tokens=first)["input_ids"]
+        return [0] * heard.cache.get_seq_length() + heard.pending + list(new)
 
     def _plain(self, text: str) -> str:
         for token in self.generator.tokenizer.all_special_tokens:
             text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
         return text
 
-    def _render(self) -> list[int]:
+    def _render(self, messages: Messages, question: bool = True) -> str:
+        """The talk as text, with what an answer begins with where it ends on a question."""
         tokenizer = self.generator.tokenizer
         system = [{"role": "system", "content": self.system}] if self.system else []
         if tokenizer.chat_template is None:
-            turns = [f"{m['role'].capitalize()}: {m['content']}\n" for m in [*system, *self.history]]
-            return list(tokenizer("".join(turns) + "Assistant:")["input_ids"])
-        rendered = tokenizer.apply_chat_template(
-            [*system, *self.history], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(rendered["input_ids"])
+            spaces = {"assistant": ""}  # an answer has its own
+            turns = [f"{m['role'].capitalize()}:{spaces.get(m['role'], ' ')}{m['content']}\n" for m in [*system, *messages]]
+            return "".join(turns) + ("Assistant:" if question else "")
+        text: str = tokenizer.apply_chat_template([*system, *messages], add_generation_prompt=question, tokenize=False)
+        return text
 
 
 __all__ = ["Run", "Session", "Settings"]

@@ -1,0 +1,157 @@
+"""A talk: each turn reads what is new, the state is that of everything said, nothing of it is kept twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.tiny import TEMPLATE, TEXT, write_model
+
+from linearize.conversion.convert import convert
+from linearize.loading import load
+from linearize.serving.generate import Generator
+from linearize.serving.session import SNAPSHOTS, Session, Settings
+
+GREEDY = Settings(max_tokens=6)
+WORDS = ["The sea is wide", "Seven ships", "and six of them", "came home", "again", "The night"]
+TRIMMED = TEMPLATE.replace("{{ m['content'] }}", "{{ (m['content'] | trim)[:3] }}")  # writes less of the past than was said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    (root / "book.txt").write_text(TEXT, encoding="utf-8")
+    source = write_model(root / "tiny", eos_token_id=None)
+    return convert(str(source), output=root / "made", options={"window": 8}, calibration=root / "book.txt").path
+
+
+class Watched:
+    """A session; how many tokens each call of its generator had to read, and all that its cache has read, call by call."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, template: str | None) -> None:
+        self.model, self.tokenizer = load(folder)
+        self.tokenizer.chat_template = template
+        self.session, self.read, self.known = Session.of(self.model, self.tokenizer), list[int](), list[list[int]]()
+        for name in ("stream", "read"):
+            monkeypatch.setattr(Generator, name, self.counting(getattr(Generator, name)))
+        self.whole: list[int] = []
+        self.model.get_input_embeddings().register_forward_pre_hook(self.note)
+
+    def counting(self, call: Any) -> Any:
+        def counted(own: Generator, ids: list[int], cache: Any, *more: Any) -> Any:
+            self.read.append(len(ids) - cache.get_seq_length())
+            return call(own, ids, cache, *more)
+
+        return counted
+
+    def note(self, _: Any, inputs: tuple[Any, ...]) -> None:
+        held = self.session._heard.cache.get_seq_length()
+        self.known.append([*(self.known[-1][:held] if self.known else []), *inputs[0][0].tolist()])
+
+    def ask(self, text: str, settings: Settings = GREEDY) -> str:
+        self.read.clear()
+        return "".join(self.session.ask(text, settings))
+
+    def asked(self, text: str) -> str:
+        """The tokens that an answer followed, as text; it is what a new cache gives after them."""
+        answer = self.ask(text)
+        prompt = self.known[-GREEDY.max_tokens]  # the call that gave the answer's first token
+        assert len(prompt) == self.session.last["context"] - GREEDY.max_tokens
+        model = load(Path(self.model.config._name_or_path))[0]
+        fresh = Generator(model, self.tokenizer)
+        before, self.whole = self.whole, list(prompt)
+        assert "".join(fresh.stream(self.whole, fresh.new_cache(), GREEDY)) == answer
+        if self.tokenizer.chat_template != TRIMMED:  # all that was said before, to the last token
+            assert prompt[: len(before)] == before
+        if self.whole[-1] in self.tokenizer.all_special_ids:
+            self.whole.pop()
+        return str(self.tokenizer.decode(prompt))
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "no template"])
+def test_a_turn_reads_what_is_new(folder: Path, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the talk, and whatever tokens its answers were written in: a question costs its own tokens."""
+    talk = Watched(folder, monkeypatch, template)
+    longest = 0
+    for turn in range(3 * SNAPSHOTS):
+        talk.ask(WORDS[turn % len(WORDS)])
+        assert len(talk.read) == 1, "nothing was read again"
+        longest = max(longest, talk.read[0]) if turn < len(WORDS) else longest
+        assert talk.read[0] <= longest + 2
+    assert talk.session.last["context"] > 20 * longest / 2
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMED, None], ids=["template", "trimmed", "no template"])
+def test_the_state_is_that_of_the_talk(folder: Path, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers as from a new cache that reads all of what the talk's one has read."""
+    talk = Watched(folder, monkeypatch, template)
+    for words in WORDS:
+        said = talk.asked(words)
+        assert said.endswith(f"\nUser: {words}\nAssistant:" if template is None and words != WORDS[0] else asking(words, template))
+        if template is TRIMMED and words != WORDS[0]:
+            assert f"assistant\n{talk.session.history[-3]['content'].strip()[:3]}<|end|>\n<|start|>user" in said
+
+
+def asking(words: str, template: str | None) -> str:
+    """How a template ends on a question."""
+    if template is None:
+        return f"User: {words}\nAssistant:"
+    return f"<|start|>user\n{words if template is TEMPLATE else words[:3]}<|end|>\n<|start|>assistant\n"
+
+
+def test_a_past_that_is_written_anew_costs_one_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Watched(folder, monkeypatch, TRIMMED)
+    for turn in range(3 * SNAPSHOTS):
+        talk.ask(WORDS[turn % len(WORDS)])
+        assert sum(talk.read) < 80, "a turn and the one before it"
+    assert talk.session.last["context"] > 4 * 80
+
+
+def test_undo_is_as_if_nothing_had_been_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Watched(folder, monkeypatch, TEMPLATE)
+    talk.ask(WORDS[0])
+    second = talk.ask(WORDS[1])
+    talk.ask(WORDS[2])
+    talk.session.undo()
+    talk.session.undo()
+    assert len(talk.session.history) == 2
+    assert talk.ask(WORDS[1]) == second
+    assert len(talk.read) == 1
+    for _ in range(3):
+        talk.session.undo()
+    assert talk.session.history == []
+    assert talk.ask(WORDS[0])
+
+
+def test_an_answer_that_breaks_off_leaves_a_talk_that_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Watched(folder, monkeypatch, TEMPLATE)
+    talk.ask(WORDS[0])
+    pieces = talk.session.ask(WORDS[1], Settings(max_tokens=200))
+    begun = next(pieces)
+    pieces.close()
+    assert talk.session.history[-1] == {"role": "assistant", "content": begun}
+    said = talk.asked(WORDS[2])
+    assert said.endswith(f"{asking(WORDS[1], TEMPLATE)}{begun}<|end|>\n{asking(WORDS[2], TEMPLATE)}")
+    assert said.count(WORDS[1]) == 1
+
+
+def test_what_ends_an_answer_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the template writes it, not again as the model did."""
+    talk = Watched(folder, monkeypatch, TEMPLATE)
+    talk.model.generation_config.forced_eos_token_id = talk.tokenizer.eos_token_id
+    talk.ask(WORDS[0])
+    talk.ask(WORDS[1])
+    said = talk.tokenizer.decode(talk.known[-GREEDY.max_tokens])
+    assert said.endswith(f"<|end|>\n{asking(WORDS[1], TEMPLATE)}")
+    assert "<|end|><|end|>" not in said
+
+
+def test_what_is_kept_does_not_grow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Watched(folder, monkeypatch, TEMPLATE)
+    for words in WORDS * 3:
+        talk.ask(words)
+    for heard in (talk.session._heard, *talk.session._snapshots):
+        assert len(heard.pending) <= 1
+        assert not any(isinstance(x, str) for x in vars(heard).values())
+    assert len(talk.session._snapshots) == SNAPSHOTS
