@@ -31,7 +31,7 @@ UNITS = {"kB": 1e3, "MB": 1e6}
 
 def write(args: argparse.Namespace) -> None:
     """Prompts and the teacher's weights into a folder."""
-    from linearize.conversion.teacher import teacher_host
+    from linearize.conversion.teacher import teacher_host, unconverted
     from linearize.documents import documents
     from linearize.evaluation.recall import WINDOWS, prompt
     from linearize.loading import load
@@ -56,7 +56,9 @@ def write(args: argparse.Namespace) -> None:
                     rows.append({"task": task, "length": int(length), "ids": made.ids, "told": made.told})
     args.output.mkdir(parents=True)
     (args.output / PROMPTS).write_text(json.dumps({"data": what, "prompts": rows}), encoding="utf-8")
-    host.save_pretrained(args.output / WEIGHTS)
+    stock = unconverted(host)
+    del stock.config.linearize
+    stock.save_pretrained(args.output / WEIGHTS)
 
 
 def answered(model: Any, row: Mapping[str, Any], press: Any) -> float:
