@@ -39,7 +39,7 @@ class FeatureMap(nn.Module):
 def identity_start(heads: int, dim: int, columns: int) -> nn.Parameter:
     """W (heads, dim, columns) that takes the leading channels as they are: Wx is [x, 0], or the start of x."""
     start = torch.zeros(heads, dim, columns, dtype=torch.float32)
-    start.diagonal(dim1=1, dim2=2).fill_(1.0)  # torch.eye takes twenty times as long on the meta device, which tells when a model is loaded
+    start.diagonal(dim1=1, dim2=2).fill_(1.0)  # torch.eye takes twenty times as long where a model is loaded, on the meta device
     return nn.Parameter(start)
 
 
