@@ -68,17 +68,18 @@ def answered(model: Any, row: Mapping[str, Any], press: Any) -> float:
     from transformers import DynamicCache
 
     ids, told = torch.tensor([row["ids"]]), row["told"]
-    start, cache = ids.shape[1] - len(told), DynamicCache()
+    start, first, cache = ids.shape[1] - len(told), told.index(True), DynamicCache()
+    right = []
     with torch.no_grad():
         with nullcontext() if press is None else press(model):
-            out = model(ids[:, : start - 1], past_key_values=cache, logits_to_keep=1)
-        right, token = [], ids[:, start - 1]
-        for i, open_ in enumerate(told):  # as a form is filled in: what is not asked for is given
-            positions = torch.tensor([[start - 1 + i]])
-            out = model(token[:, None], position_ids=positions, past_key_values=cache)
+            model(ids[:, :start], past_key_values=cache, logits_to_keep=1)
+        said = ids[:, start : start + first]  # the question
+        for i in range(first, len(told)):  # as a form is filled in: what is not asked for is given
+            positions = torch.arange(start + i - said.shape[1], start + i)[None]
+            out = model(said, position_ids=positions, past_key_values=cache, logits_to_keep=1)
             written, given = out.logits[:, -1].argmax(-1), ids[:, start + i]
-            right += [bool(written == given)] if open_ else []
-            token = written if open_ else given
+            right += [bool(written == given)] if told[i] else []
+            said = (written if told[i] else given)[:, None]
     return sum(right) / len(right)
 
 
@@ -101,12 +102,13 @@ def press(args: argparse.Namespace) -> None:
     columns = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
     print(f"{kept} tokens a layer of {model.dtype}, {size / 1e6:.2f} MB\n")
     print("| press | " + " | ".join(f"{task} {length:,}" for task, length in columns) + " |\n|---|" + "---:|" * len(columns))
-    asked = [("none", "")] + [(name, how) for name in PRESSES for how in ("block", "whole") if how == "whole" or name not in ALIKE]
+    names, ways = args.presses.split(","), args.ways.split(",")
+    asked = [(name, how) for name in names for how in ways if how == "whole" or name not in ALIKE]
     for name, how in asked:
         shares: dict[tuple[str, int], list[float]] = {column: [] for column in columns}
         for row in rows:
-            before = len(row["ids"]) - len(row["told"]) - 1
-            own = None if name == "none" or before <= kept else press_of(name, how, 1 - (kept + 0.5) / before)
+            before = len(row["ids"]) - len(row["told"])
+            own = None if before <= kept else press_of(name, how, 1 - (kept + 0.5) / before)
             shares[row["task"], row["length"]].append(answered(model, row, own))
         print(f"| {name} {how} | " + " | ".join(f"{100 * mean(x):.0f}" for x in shares.values()) + " |", flush=True)
 
@@ -135,6 +137,8 @@ def main() -> None:
     presses = commands.add_parser("press")
     presses.add_argument("needles", type=Path)
     presses.add_argument("--bytes", type=number_of_bytes, default=5e6)
+    presses.add_argument("--presses", default=",".join(PRESSES))
+    presses.add_argument("--ways", default="block,whole")
     presses.set_defaults(run=press)
     args = parser.parse_args()
     args.run(args)

@@ -27,18 +27,29 @@ from linearize.serving.session import Session, Settings
 
 ANSWER = 8  # tokens that each turn of a talk is answered with
 STEPS = 2  # of training: the first one makes the optimizer's moments
+SO_FAR = "so far: "
 Answer = dict[str, Any]
 
 
-def probe(kind: str, directory: Path, **settings: Any) -> Answer:
-    """Ask in a fresh process; bytes in the answer are those of its memory. ResourceError where it does not live to tell."""
+def probe(kind: str, directory: Path, report: Callable[[int, int], None] = lambda done, total: None, **settings: Any) -> Answer:
+    """Ask in a fresh process; bytes in the answer are those of its memory. ResourceError where it does not live to tell.
+
+    `report` hears how far it has come, where it takes long.
+    """
     words = [sys.executable, "-m", __name__, kind, json.dumps({"directory": str(directory), **settings})]
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        why = "it was killed: out of memory?" if done.returncode < 0 else said[-1] if said else f"exit code {done.returncode}"
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    said = []
+    with subprocess.Popen(words, text=True, **pipes) as process:
+        for line in process.stderr or ():
+            if line.startswith(SO_FAR):
+                report(*map(int, line.removeprefix(SO_FAR).split()))
+            elif line.strip():
+                said.append(line.strip())
+        answer = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        why = "it was killed: out of memory?" if process.returncode < 0 else said[-1] if said else f"exit code {process.returncode}"
         raise ResourceError(f"the process that measures memory ended: {why}", f"bench, {kind}", "a shorter --sequence or --long")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(answer.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def loaded(settings: dict[str, Any]) -> tuple[Any, Any, Answer]:
@@ -94,6 +105,8 @@ def of_talk(settings: dict[str, Any]) -> Answer:
         while session.last.get("context", 0) < wanted:
             for _ in session.ask(said, Settings(max_tokens=ANSWER)):
                 pass
+            so_far, whole = session.last["context"], settings["tokens"][-1]
+            print(f"{SO_FAR}{min(so_far, whole)} {whole}", file=sys.stderr, flush=True)  # noqa: T201
         peaks.append({"tokens": session.last["context"], "turns": len(session.history) // 2, **peak(model, facts)})
     return {**facts, "peaks": peaks, "state": session.last["state_bytes"], "kv": session.last["kv_bytes"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ def bench_memory(
 ) -> dict[str, Any]:  # fmt: skip
     """Peaks of one process that talks in turns of `turn` tokens, after each of `tokens` in all, and the last over the first."""
     check_subject(directory, tokens)
-    progress("bench: memory of a talk", 0, 1, tokens=max(tokens))
-    found = probe("talk", directory, tokens=sorted(tokens), turn=turn, dtype=dtype, device=device)
+    report = partial(progress, "bench: memory of a talk")
+    report(0, max(tokens))
+    found = probe("talk", directory, report, tokens=sorted(tokens), turn=turn, dtype=dtype, device=device)
     peaks = found.pop("peaks")
     return {
         "benchmark": "memory", "model": str(directory), "method": check(directory)["linearize"]["method"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from cli.tiny import TEMPLATE, TEXT, write_model
 
+from linearize.benchmarks.probe import probe
 from linearize.conversion.convert import convert
 from linearize.loading import load
 from linearize.serving.generate import Generator
@@ -155,3 +156,12 @@ def test_what_is_kept_does_not_grow(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert len(heard.pending) <= 1
         assert not any(isinstance(x, str) for x in vars(heard).values())
     assert len(talk.session._snapshots) == SNAPSHOTS
+
+
+def test_a_long_talk_tells_how_far_it_is(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    found = probe("talk", folder, lambda *so_far: told.append(so_far), tokens=[20, 90], turn=8, dtype="auto", device="cpu")
+    assert [total for _, total in told] == [90] * len(told)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (90, 90)
+    assert len(told) == found["peaks"][-1]["turns"] > found["peaks"][0]["turns"]
