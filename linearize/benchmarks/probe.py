@@ -31,7 +31,7 @@ SO_FAR = "so far: "
 Answer = dict[str, Any]
 
 
-def probe(kind: str, directory: Path, report: Callable[[int, int], None] = lambda done, total: None, **settings: Any) -> Answer:
+def probe(kind: str, directory: Path, report: Callable[[int, int], None] = lambda done, total: None, /, **settings: Any) -> Answer:
     """Ask in a fresh process; bytes in the answer are those of its memory. ResourceError where it does not live to tell.
 
     `report` hears how far it has come, where it takes long.
