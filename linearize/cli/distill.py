@@ -180,6 +180,7 @@ def distill(
         raise UsageError("there are no layer inputs on disk without --stream-layers", "--stream-cache", "add --stream-layers K")
     if num_processes is not None:
         launch(num_processes)
+    from linearize.distillation.collectives import leave
     from linearize.distillation.run import distill as run
     from linearize.distillation.streaming import Streaming
     from linearize.recipe import read
@@ -195,6 +196,7 @@ def distill(
             streaming=None if stream_layers is None else Streaming(stream_layers, stream_cache),
             seed=seed, sequence=sequence, batch=batch, device=device, overwrite=overwrite, progress=progress,
         )  # fmt: skip
+    leave()
     if not made.is_main:
         return
     found = made.to_dict()

@@ -71,3 +71,11 @@ def gather(tensors: list[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]
 def from_left(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """The `tensors` of the process one rank below, zeros in the first; gradients go back the same way."""
     return list(_FromLeft.apply(group, *tensors))  # type: ignore[no-untyped-call]
+
+
+def leave() -> None:
+    """Take the process group down while all processes are there: left to the interpreter's end, gloo's threads may find that the
+    others have gone, and abort."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
