@@ -37,9 +37,8 @@ def probe(kind: str, directory: Path, report: Callable[[int, int], None] = lambd
     `report` hears how far it has come, where it takes long.
     """
     words = [sys.executable, "-m", __name__, kind, json.dumps({"directory": str(directory), **settings})]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    said = []
-    with subprocess.Popen(words, text=True, **pipes) as process:
+    said, pipe = [], subprocess.PIPE
+    with subprocess.Popen(words, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
         for line in process.stderr or ():
             if line.startswith(SO_FAR):
                 report(*map(int, line.removeprefix(SO_FAR).split()))

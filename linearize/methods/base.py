@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from linearize.errors import InputError
 from linearize.modeling.spec import CHOICES, MixerSpec, Shape
-from linearize.modeling.spec_rules import FADE
 
 if TYPE_CHECKING:
     from linearize.methods.calibration import Calibration
@@ -160,7 +159,7 @@ def moved(spec: MixerSpec, axes: Mapping[str, Any]) -> MixerSpec:
         new = replace(new, coverage="older", window=max(new.window, 1), **kind)
     if spec.has_near and spec.has_far and not new.window:
         new = replace(
-            new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", slot_fade=FADE, null_logits=0,
+            new, merge="far", coverage="all", window=0, sinks=0, slots=0, slot_score="attention", null_logits=0,
             kv_dtype="model", far_mass="none", learned_weights=False, far_weight=None,
         )  # fmt: skip
     return replace(new, **{key: value for key, value in axes.items() if key in ("merge", "coverage", "far_mass")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ Messages = Sequence[dict[str, str]]
 class Heard:
     """What a cache has read: the first `length` letters of the talk as its template writes it, whose hash is `digest`.
 
-    `pending` are the last tokens of them, which the cache is still to read; `turns` messages stand in them. Neither the text nor
-    its tokens are kept: a talk's memory would grow with them.
+    `pending` are the last tokens of them, which the cache is still to read; `turns` messages stand in them. The text is not kept in
+    each, nor its tokens: a talk's memory would grow with them.
     """
 
     cache: Any
@@ -65,6 +66,7 @@ class Session:
         """Forget the talk."""
         self.history: list[dict[str, str]] = []
         self._heard = Heard(self.generator.new_cache())
+        self._tokens = array("i")  # all that the state has read, and those of older states: they are its beginnings
         self._snapshots: list[Heard] = []
 
     def undo(self) -> None:
@@ -96,6 +98,7 @@ class Session:
             answer = "".join(pieces)
             self.history.append({"role": "assistant", "content": answer})
             if whole:
+                self._tokens = array("i", ids)
                 special = set(self.generator.tokenizer.all_special_ids)  # the template writes what ends an answer
                 rest = ids[self._heard.cache.get_seq_length() :]
                 self._heard.note(talk + answer, [token for token in rest if token not in special])
@@ -113,15 +116,17 @@ class Session:
         self._heard = copy.deepcopy(self._snapshots[-1]) if self._snapshots else Heard(self.generator.new_cache())
         said = self._render(before, question=False) if before else ""
         if len(said) > self._heard.length and talk.startswith(said):
-            self.generator.read(self._unread(said), self._heard.cache)
+            ids = self._unread(said)
+            self.generator.read(ids, self._heard.cache)
             self._heard.note(said, [])
+            self._tokens = array("i", ids)
 
     def _unread(self, talk: str) -> list[int]:
-        """Tokens of the talk, which begins with what was heard: of those that the cache has read their number alone is right."""
+        """Tokens of the talk, which begins with what was heard: those that the cache has read, then those that it has not."""
         tokenizer, heard = self.generator.tokenizer, self._heard
         first = heard.length == 0 and tokenizer.chat_template is None  # elsewhere the template has written the special tokens
         new = tokenizer(talk[heard.length :], add_special_tokens=first)["input_ids"]
-        return [0] * heard.cache.get_seq_length() + heard.pending + list(new)
+        return self._tokens[: heard.cache.get_seq_length()].tolist() + heard.pending + list(new)
 
     def _plain(self, text: str) -> str:
         for token in self.generator.tokenizer.all_special_tokens:

@@ -60,6 +60,7 @@ class Watched:
         prompt = self.known[-GREEDY.max_tokens]  # the call that gave the answer's first token
         assert len(prompt) == self.session.last["context"] - GREEDY.max_tokens
         model = load(Path(self.model.config._name_or_path))[0]
+        model.generation_config = self.model.generation_config
         fresh = Generator(model, self.tokenizer)
         before, self.whole = self.whole, list(prompt)
         assert "".join(fresh.stream(self.whole, fresh.new_cache(), GREEDY)) == answer
@@ -87,6 +88,7 @@ def test_a_turn_reads_what_is_new(folder: Path, template: str | None, monkeypatc
 def test_the_state_is_that_of_the_talk(folder: Path, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers as from a new cache that reads all of what the talk's one has read."""
     talk = Watched(folder, monkeypatch, template)
+    talk.model.generation_config.repetition_penalty = 1.5  # of all that was said
     for words in WORDS:
         said = talk.asked(words)
         assert said.endswith(f"\nUser: {words}\nAssistant:" if template is None and words != WORDS[0] else asking(words, template))
