@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import Any
 
+from torch import distributed
+
 from linearize.cli import run
 from linearize.distillation import loop
 
@@ -21,4 +23,6 @@ def dying(self: loop.Trainer, *args: Any) -> float:
 
 
 loop.Trainer._step = dying  # type: ignore[method-assign]
-sys.exit(run(["distill", *sys.argv[4:]]))
+code = run(["distill", *sys.argv[4:]])
+assert code or not distributed.is_initialized(), "the processes did not part together"
+sys.exit(code)

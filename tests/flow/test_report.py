@@ -18,7 +18,7 @@ from cli.tiny import TEXT, Cli, write_model
 from linearize.conversion.convert import convert
 from linearize.errors import InputError, ResourceError
 from linearize.evaluation import plots
-from linearize.evaluation.card import BEGIN, END, update_card
+from linearize.evaluation.card import BEGIN, END, number, spread, update_card
 from linearize.evaluation.plots import need_plots
 from linearize.evaluation.report import Entry, render
 from linearize.loading import load
@@ -124,6 +124,11 @@ def test_a_model_that_is_far_off_flattens_no_other(monkeypatch: pytest.MonkeyPat
     assert list(lines) == ["teacher", "student"]
     assert lines["teacher"] == ([256, 512], pytest.approx([math.exp(2), math.e]))
     assert "not drawn, far worse: student, window off" in svg
+
+
+def test_a_large_figure_has_no_decimals() -> None:
+    assert (number(12.3456, 2), number(-12345.6, 2), number(None, 2)) == ("12.35", "-12346", "-")
+    assert spread((0.5, 4321.09)) == " [0.500, 4321]"
 
 
 def test_ratios_by_position(monkeypatch: pytest.MonkeyPatch) -> None:

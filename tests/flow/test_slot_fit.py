@@ -24,6 +24,7 @@ from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, attention_inside_and_
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.window import visible
 from linearize.testing.models import random_inputs, random_mixer, tiny_shape
 
 SPEC = MixerSpec(merge="near", feature_map="identity", share_kv=True, window=4, sinks=2, slots=3, slot_score="learned")
@@ -35,28 +36,29 @@ def calibration(rows: int = 3) -> Calibration:
     return Calibration(inputs, torch.zeros(rows, TIME, 4, 8, dtype=torch.float64))
 
 
-def by_loops(given: Calibration, row: int, head: int, token: int) -> tuple[float, float]:
+def by_loops(given: Calibration, spec: MixerSpec, row: int, head: int, token: int) -> tuple[float, float]:
     """Of one token: the most attention that a query of its kv head gives it inside the window, and beyond."""
     q, k = given.inputs.q[row], given.inputs.k[row]
     inside = beyond = 0.0
     for reader in (2 * head, 2 * head + 1):
         for t in range(token, TIME):
             scores = given.inputs.score(q[reader, t : t + 1], k[head, : t + 1])[0].exp()
-            if t - token >= SPEC.window:
+            seen = visible(spec, torch.tensor([t]), torch.arange(t + 1)) | (torch.arange(t + 1) < spec.sinks)
+            if not seen[token]:
                 beyond = max(beyond, float(scores[token] / scores.sum()))
-            elif t - token > SPEC.window // 8:
-                exact = scores[: SPEC.sinks].sum() + scores[max(t - SPEC.window + 1, SPEC.sinks) :].sum()
-                inside = max(inside, float(scores[token] / exact))
+            elif t - token > spec.window // 8:
+                inside = max(inside, float(scores[token] / scores[seen].sum()))
     return inside, beyond
 
 
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
 @pytest.mark.parametrize("block", [7, 256])
-def test_attention_inside_and_beyond_the_window(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrations, "ROW_BLOCK", block)
-    given = calibration()
-    inside, beyond = attention_inside_and_beyond(random_mixer(SPEC), given)
-    for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1)):
-        expected = by_loops(given, row, head, token)
+    given, spec = calibration(), replace(SPEC, window_kind=kind)
+    inside, beyond = attention_inside_and_beyond(random_mixer(spec), given)
+    for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1), (0, 1, 8)):
+        expected = by_loops(given, spec, row, head, token)
         assert (float(inside[row, head, token]), float(beyond[row, head, token])) == pytest.approx(expected, abs=1e-6)
 
 
