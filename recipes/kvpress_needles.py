@@ -1,7 +1,7 @@
 """What the presses of kvpress keep of needles, in as many bytes as a student's state.
 
     python recipes/kvpress_needles.py write DIR --data TEXT --held-out 20 -o needles
-    OTHER/bin/python recipes/kvpress_needles.py press needles --bytes 5MB
+    OTHER/bin/python recipes/kvpress_needles.py press needles --bytes 5e6
 
 The first writes the prompts that `recipes/fidelity.py DIR` asks, of the same seed, and the teacher's weights. The second runs in an
 environment of its own, where transformers is older than linearize needs: python -m venv OTHER, then
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,34 +27,31 @@ TASKS = "pass-key:1024,pass-key:2048,pass-key:4096,s-niah-2:1024,s-niah-2:2048"
 PROMPTS, WEIGHTS = "prompts.json", "model"
 PRESSES = ("StreamingLLM", "Knorm", "KeyDiff", "TOVA", "SnapKV", "LagKV", "ExpectedAttention")
 ALIKE = ("StreamingLLM", "Knorm")  # a token's score, or place, does not depend on what else is there: blocks change nothing
-UNITS = {"kB": 1e3, "MB": 1e6}
 
 
 def write(args: argparse.Namespace) -> None:
     """Prompts and the teacher's weights into a folder."""
+    from fidelity import DEPTHS  # type: ignore[import-not-found]
+
     from linearize.conversion.teacher import teacher_host, unconverted
     from linearize.documents import documents
-    from linearize.evaluation.recall import WINDOWS, prompt
+    from linearize.evaluation.recall import Grid, essay_of, prompts
     from linearize.loading import load
     from linearize.modeling.modeling_linearized import attentions
     from linearize.pipeline import measured_documents
 
-    depths = (0.0, 0.25, 0.5, 0.75, 1.0)
     model, tokenizer = load(args.student)
     plan: Any = model.config.linearize
     host, note = teacher_host(model, plan, None, "cpu")
     if host is None:
         raise SystemExit(note)
     docs, what = measured_documents(plan, args.data, documents(args.data), args.held_out)
-    essay = [token for doc in docs[:64] for token in tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"]][:100_000]
-    distance = WINDOWS * max(a.linearize.spec.window for a in attentions(model))
+    essay, window = essay_of(tokenizer, docs), max(a.linearize.spec.window for a in attentions(model))
     rows = []
     for task, _, length in (one.partition(":") for one in args.tasks.split(",")):
-        for depth in depths:
-            for i in range(max(args.prompts // len(depths), 1)):
-                made = prompt(task, tokenizer, essay, int(length), depth, distance, f"{args.seed}-{i}")
-                if made is not None:
-                    rows.append({"task": task, "length": int(length), "ids": made.ids, "told": made.told})
+        grid = Grid((task,), (int(length),), DEPTHS, max(args.prompts // len(DEPTHS), 1), args.seed)
+        found = prompts(task, tokenizer, essay, int(length), grid, window)
+        rows += [{"task": task, "length": int(length), "ids": one.ids, "told": one.told} for _, one in found]
     args.output.mkdir(parents=True)
     (args.output / PROMPTS).write_text(json.dumps({"data": what, "prompts": rows}), encoding="utf-8")
     stock = unconverted(host)
@@ -110,16 +108,7 @@ def press(args: argparse.Namespace) -> None:
             before = len(row["ids"]) - len(row["told"])
             own = None if before <= kept else press_of(name, how, 1 - (kept + 0.5) / before)
             shares[row["task"], row["length"]].append(answered(model, row, own))
-        print(f"| {name} {how} | " + " | ".join(f"{100 * mean(x):.0f}" for x in shares.values()) + " |", flush=True)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def number_of_bytes(text: str) -> float:
-    unit = text[-2:]
-    return float(text[:-2]) * UNITS[unit] if unit in UNITS else float(text)
+        print(f"| {name} {how} | " + " | ".join(f"{100 * fmean(x):.0f}" for x in shares.values()) + " |", flush=True)
 
 
 def main() -> None:
@@ -136,7 +125,7 @@ def main() -> None:
     writes.set_defaults(run=write)
     presses = commands.add_parser("press")
     presses.add_argument("needles", type=Path)
-    presses.add_argument("--bytes", type=number_of_bytes, default=5e6)
+    presses.add_argument("--bytes", type=float, default=5e6)
     presses.add_argument("--presses", default=",".join(PRESSES))
     presses.add_argument("--ways", default="block,whole")
     presses.set_defaults(run=press)

@@ -104,6 +104,18 @@ def last(mask: Sequence[bool], count: int) -> list[bool]:
     return ([False] * count + list(mask))[-count:]
 
 
+def essay_of(tokenizer: Any, docs: Sequence[str]) -> Tokens:
+    """The text that needles lie in."""
+    return [token for doc in docs[:64] for token in tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"]][:100_000]
+
+
+def prompts(task: str, tokenizer: Any, essay: Sequence[int], length: int, grid: Grid, window: int) -> list[tuple[float, Prompt]]:
+    """A task's prompts of one length with their depths; those that leave no three windows' room are left out."""
+    seeds = [f"{grid.seed}-{i}" for i in range(grid.samples)]
+    made = [(depth, prompt(task, tokenizer, essay, length, depth, WINDOWS * window, s)) for depth in grid.depths for s in seeds]
+    return [(depth, one) for depth, one in made if one is not None]
+
+
 def retrieval(
     variants: Mapping[str, Variant], tokenizer: Any, docs: Sequence[str], grid: Grid, window: int, report: Report
 ) -> list[dict[str, Any]]:
@@ -112,16 +124,12 @@ def retrieval(
     Essays are `docs`. The interval takes every prompt for one trial, and `prompts` has the share of each, in the same order for
     all variants. Rows that leave no three windows' room are left out.
     """
-    essay = [token for doc in docs[:64] for token in tokenizer(doc, add_special_tokens=False, verbose=False)["input_ids"]][:100_000]
+    essay = essay_of(tokenizer, docs)
     rows: list[dict[str, Any]] = []
     done, total = 0, len(grid.tasks) * len(grid.lengths) * len(grid.depths) * grid.samples * len(variants)
     for task in grid.tasks:
         for length in grid.lengths:
-            asked: list[tuple[float, Prompt]] = []
-            for depth in grid.depths:
-                seeds = [f"{grid.seed}-{i}" for i in range(grid.samples)]
-                made = [prompt(task, tokenizer, essay, length, depth, WINDOWS * window, seed) for seed in seeds]
-                asked += [(depth, one) for one in made if one is not None]
+            asked = prompts(task, tokenizer, essay, length, grid, window)
             told: dict[str, list[float]] = {name: [] for name in variants}
             side = max(min(SIDE_BY_SIDE, TOKENS_AT_ONCE // length), 1)
             for start in range(0, len(asked), side):
