@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def bench_load(
         progress("bench: load", 0, 1)
         for run in runs.values():
             run()
-        seconds = in_turn(runs, repeats, clock_of(on))
+        seconds = in_turn(runs, repeats, clock_of(on), before=gc.collect)  # models of the runs before are not this one's to free
     progress("bench: commands", 0, 1)
     started = commands(directory, repeats, time.perf_counter)
     base = next(name for name in runs if name.startswith("the original") or name == WRITTEN)

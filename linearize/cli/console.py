@@ -193,12 +193,14 @@ def widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], header: boo
 
     Numbers stay whole, words up to LONGEST_WORD letters. None for all columns where not even that fits.
     """
+    from rich.cells import cell_len  # letters of some scripts are two wide
+
     found, least = [], []
     for column, *cells in zip(columns, *rows, strict=True):
         title = column.title if header else ""
-        words = max(map(len, f"{title} {'' if column.number else ' '.join(cells)}".split()), default=0)
-        numbers = max(map(len, cells), default=0) if column.number else 0
-        found.append(max(map(len, (title, *cells))))
+        words = max(map(cell_len, f"{title} {'' if column.number else ' '.join(cells)}".split()), default=0)
+        numbers = max(map(cell_len, cells), default=0) if column.number else 0
+        found.append(max(map(cell_len, (title, *cells))))
         least.append(max(min(words, LONGEST_WORD), numbers))
     if sum(least) > room:
         return [None] * len(columns)

@@ -34,13 +34,16 @@ def seconds_of(run: Callable[[], object], clock: Clock) -> float:
     return clock() - began
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int, clock: Clock) -> dict[str, Spread]:
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], repeats: int, clock: Clock, before: Callable[[], object] = lambda: None
+) -> dict[str, Spread]:
     """Seconds of each run: one after the other, and then again, so that whatever else the machine does meets them all alike.
 
-    None is called beforehand: what a first call pays for is to be paid before.
+    None is called beforehand: what a first call pays for is to be paid before. `before` is called before each, off the clock.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            before()
             taken[name].append(seconds_of(run, clock))
     return {name: Spread.of(values) for name, values in taken.items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from cli.tiny import Cli
 from linearize import methods
@@ -74,11 +75,11 @@ def test_a_wide_table_keeps_its_words_and_numbers(
     monkeypatch.setenv("COLUMNS", str(width))
     titles = ("student, far memory off", "student, slots off", "window 416 + 4 sinks alone", "student 95%", "prompts")
     columns = [console.Column("recall"), *(console.Column(title, True) for title in titles)]
-    row = ["variable-tracking", "100.0%", "5.0%", "10.0%", "51-100", "4"]
+    row = ["変数-tracking", "100.0%", "5.0%", "10.0%", "51-100", "4"]
     console.Console().table(columns, [row])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].split() == row
-    assert max(map(len, lines)) <= width
+    assert max(map(cell_len, lines)) <= width
     assert sorted(" ".join(lines[:-1]).split()) == sorted(" ".join(["recall", *titles]).split())
 
 

@@ -63,6 +63,17 @@ def test_runs_are_timed_in_turn() -> None:
     assert (found["a"], found["b"]) == (Spread(3.0, 2.0, 4.0, 3), Spread(40.0, 30.0, 50.0, 3))
 
 
+def test_what_comes_before_a_run_is_off_the_clock() -> None:
+    clock, order = Clock(), list[str]()
+
+    def clear() -> None:
+        order.append("clear")
+        clock.now += 100.0
+
+    assert in_turn({"a": lambda: order.append("a")}, 2, clock, before=clear)["a"].median == 0.0
+    assert order == ["clear", "a"] * 2
+
+
 def test_a_row_says_what_each_resource_alone_would_take() -> None:
     made = row("x", Spread.of([0.5]), Work(flops=1e8, calls=50_000, nbytes=2e8), tokens=100, length=7)
     found = bounded(made, MACHINE)
