@@ -17,16 +17,16 @@ from linearize.ranges import span
 
 SINKS, WINDOW = 4, 64
 WINDOWS = (16, 64, 256)
-SLOTS = (64, 128, 256, 384, 512, 768, 1024)
+SLOTS = (64, 128, 256, 512, 1024, 2048, 3072)  # of a kv head; a layer may give some of its heads one number and the rest another
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
-MEMORIES = (64, 256)  # windows with such a memory and no slots
+MEMORIES = (64,)  # windows with such a memory and no slots
 STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
 
 
 def candidates() -> list[tuple[str, Options]]:
-    """Method and options of all that a layer may become: windows, windows with a memory, windows with slots and a narrow memory of
-    what these give up."""
+    """Method and options of all that a layer may become with all heads alike: windows, windows with a memory, windows with slots
+    and a narrow memory of what these give up."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
     kept = [{"window": WINDOW, "slots": m, "slot_score": "learned", "feature_dim": NARROW} for m in SLOTS]

@@ -2,14 +2,16 @@
 
 With g_t the gradient of log p(y) by the output of a layer's attention at token t, y drawn from the teacher itself, and d_t by how
 much a candidate's output is off, KL = 1/2 E (sum_t g_t d_t)^2, the Fisher form; errors of tokens and layers count as independent,
-so one backward pass of the teacher serves all candidates of all layers. Where something said before is asked for, the teacher is
+so one backward pass of the teacher serves all candidates of all layers; what g_t d_t is of each kv head tells what a layer costs
+whose heads have different numbers of slots. Where something said before is asked for, the teacher is
 so sure of its answer that log p hardly moves: there the gradient is that of the log odds, log p - log (1 - p).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from linearize.methods.layout import Place
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.modeling.spec import MixerSpec, Shape
 from linearize.progress import Progress
+from linearize.ranges import span
 
 MEASURED = 8192  # tokens of text and of rows that ask, each
 TEXT_TOKENS, ASKED_TOKENS = 512, 8  # at the end of a row, whose predictions count
@@ -63,21 +67,33 @@ class Rows:
         return min(ASKED_TOKENS if measured < self.asked else TEXT_TOKENS, self.ids.shape[1] - 1)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """A candidate in one layer, and what it moves: g_t d_t of each token and kv head (N, T, G), in all measured rows."""
+
+    method: str
+    options: Options
+    mixer: MixerSpec
+    moved: Tensor
+
+
 def measure_costs(model: Any, plan: Plan, rows: Rows, seed: int, progress: Progress) -> list[Choice]:
-    """Every candidate in every layer of a model with the plan's mixers attached, which are not used."""
+    """Every candidate in every layer of a model with the plan's mixers attached, which are not used; and those with slots in pairs,
+    one for some kv heads, the other for the rest."""
     gradients = output_gradients(model, rows, seed, progress)
     places = [(name, own, plans_of(plan, name, own)) for name, own in candidates()]
-    found: list[Choice] = []
+    found, done = list[Choice](), list[int]()
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         layer, every = attention.linearize_index, Calibration(inputs, target)
         kept: dict[str, Tensor] = {}
+        weighed: list[Weighed] = []
         for name, own, parts in places:
-            place = parts[layer]
-            mixer = started(place, plan, every.part(rows.fitted), kept, seed)
-            kl, recall = cost(mixer, every.part(rows.measured), gradients[layer], rows)
-            found.append(Choice(layer, name, own, place.mixer.state_bytes(plan.shape), kl, recall))
-        progress("weigh", len(found) // len(places), len(plan.parts))
+            mixer = started(parts[layer], plan, every.part(rows.fitted), kept, seed)
+            weighed.append(Weighed(name, own, mixer.spec, moved(mixer, every.part(rows.measured), gradients[layer])))
+        found.extend(choices(layer, weighed, plan.shape, rows))
+        done.append(layer)
+        progress("weigh", len(done), len(plan.parts))
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), observed(model, observe), mode(model, "observe"):
         model(rows.ids.to(model.device), logits_to_keep=1)
@@ -101,12 +117,42 @@ def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tenso
     return mixer
 
 
-def cost(mixer: Mixer, measured: Calibration, gradient: Tensor, rows: Rows) -> tuple[float, float]:
-    """KL in nats a token on text, and the same form of the log odds a token that is asked for."""
+def moved(mixer: Mixer, measured: Calibration, gradient: Tensor) -> Tensor:
+    """g_t d_t of each token and kv head, (N, T, G)."""
     off = mixer(measured.inputs)[0].float() - measured.target.float()  # (N, T, H, V)
-    squares = (off * gradient.to(off)).sum((2, 3)).square().sum(1) / 2
+    return (off * gradient.to(off)).sum(3).unflatten(2, (mixer.shape.kv_heads, -1)).sum(3)
+
+
+def cost(moved: Tensor, rows: Rows) -> tuple[float, float]:
+    """Of g_t d_t (N, T): KL in nats a token on text, and the same form of the log odds a token that is asked for."""
+    squares = moved.square().sum(1) / 2
     asked, text = squares[: rows.asked].mean(), squares[rows.asked :].mean()
     return float(text) / rows.counted(rows.asked), float(asked) / rows.counted(0)
+
+
+def choices(layer: int, weighed: Sequence[Weighed], shape: Shape, rows: Rows) -> Iterator[Choice]:
+    """What a layer may become: each candidate, and of two with slots the one in some heads, the other in the rest."""
+    for one in weighed:
+        yield Choice(layer, one.method, one.options, one.mixer.state_bytes(shape), *cost(one.moved.sum(2), rows))
+    slotted = sorted((x for x in weighed if x.mixer.slots), key=lambda x: x.mixer.slots)
+    for few, many in combinations(slotted, 2):
+        for heads in gaining(few, many, rows):
+            chosen = torch.zeros(shape.kv_heads, dtype=torch.bool, device=few.moved.device)
+            chosen[list(heads)] = True
+            more = many.mixer.slots - few.mixer.slots
+            mixer = replace(few.mixer, more_slots=more, more_heads=heads)
+            options = {**few.options, "more_slots": more, "more_heads": span(heads)}
+            costs = cost(torch.where(chosen, many.moved, few.moved).sum(2), rows)
+            yield Choice(layer, few.method, options, mixer.state_bytes(shape), *costs)
+
+
+def gaining(few: Weighed, many: Weighed, rows: Rows) -> list[tuple[int, ...]]:
+    """Which kv heads take the many slots, for each number of them: those that gain most KL, and those that gain most recall."""
+    costs = [[cost(moved, rows) for moved in x.moved.unbind(2)] for x in (few, many)]
+    gains = [[a[measure] - b[measure] for a, b in zip(*costs, strict=True)] for measure in (0, 1)]
+    orders = [sorted(range(len(own)), key=own.__getitem__, reverse=True) for own in gains]
+    found = [tuple(sorted(order[:count])) for order in orders for count in range(1, len(order))]
+    return list(dict.fromkeys(found))
 
 
 def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> dict[int, Tensor]:

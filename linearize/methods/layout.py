@@ -24,7 +24,10 @@ class Place:
     mixer: MixerSpec
 
     def within(self, shape: Shape, norm_eps: float) -> Place:
-        """The same place in a model of this shape, whose norms have this epsilon."""
+        """The same place in a model of this shape, whose norms have this epsilon. InputError for heads that it has not."""
+        if missing := [head for head in self.mixer.more_heads if head >= shape.kv_heads]:
+            what = f"more_heads names kv head {missing[0]}, and the model has {shape.kv_heads}"
+            raise InputError(what, "--set more_heads", f"heads from 0 to {shape.kv_heads - 1}")
         return replace(self, mixer=self.method.within(self.mixer, shape, norm_eps))
 
 

@@ -151,19 +151,25 @@ class Far(nn.Module):
         return phi, gate
 
     def entries(self, k: Tensor, v: Tensor, arrivals: dict[str, Tensor], position: Tensor, valid: Tensor | None) -> Entries:
-        """The engine's arguments for tokens k (B, G, T, D), v (B, G, T, V) that enter, all or those that are `valid` (B, T)."""
+        """The engine's arguments for tokens k (B, G, T, D), v (B, G, T, V) that enter, all or those `valid` (B, T) or (B, G, T)."""
         phi, gate = self.keys(k, arrivals, position)
         v = self.repeated(v)
         if self.spec.normalise:
             v = torch.nn.functional.pad(v, (0, 1), value=1.0)
-        enters = None if valid is None else valid[:, None, :, None].to(phi.dtype)
+        enters = None if valid is None else self._by_memory_or_all(valid)[..., None].to(phi.dtype)
         route, copies = arrivals.get("route"), self.spec.experts + 1
         if route is not None:
             routed = torch.nn.functional.pad((route > 0).to(phi.dtype), (0, 1), value=1.0).transpose(2, 3).flatten(1, 2)[..., None]
+            if enters is not None and enters.shape[1] > 1:
+                enters = enters.repeat_interleave(copies, dim=1)
             enters = routed if enters is None else routed * enters
             phi, v = phi.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
             gate = None if gate is None else gate.repeat_interleave(copies, dim=1)
         return self._arguments(phi, v, gate, arrivals.get("beta"), enters)
+
+    def _by_memory_or_all(self, valid: Tensor) -> Tensor:
+        """`valid` (B, T) or (B, G, T) as (B, 1 or M, T)."""
+        return valid[:, None] if valid.dim() == 2 else self.repeated(valid)
 
     def recall(self, k: Tensor, v: Tensor, arrivals: dict[str, Tensor], position: Tensor, state: Tensor) -> Tensor:
         """What the memory, as it is, gives back for tokens (B, G, n, .) under their own keys: (B, M, n, V)."""

@@ -12,6 +12,7 @@ except ImportError as error:
 
 from .far import Far
 from .frames import Frame
+from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, parts, slotted, stored
 from .places import Place
 from .slot_scores import SlotScore, slot_score
@@ -39,6 +40,10 @@ class Leaving(Far):
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         super().__init__(spec, shape)
         self.slot_score = SlotScore(shape) if spec.scores_learned else None
+
+    @property
+    def _more(self) -> tuple[tuple[int, ...], int]:
+        return self.spec.more_heads, self.shape.kv_heads
 
     @property
     def takes_leavers(self) -> bool:
@@ -84,7 +89,7 @@ class Leaving(Far):
         near = frame.queries(queries.near)
         features = None if queries.far is None else frame.queries(queries.far)
         route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
-        slots, parts, reads, scores = held(state, dtype), [], [], []
+        slots, more, parts, reads, scores = held(state, dtype), held(state, dtype, "more"), [], [], []
         length = spec.window * (1 if spec.scores_recall or spec.block > 1 else max(1, ARRIVALS // spec.window))
         for start in range(0, len(frame), length):
             block = slice(start, start + length)
@@ -95,14 +100,18 @@ class Leaving(Far):
                 own["scores"] = self._recalled(own, position, begins, far)
                 scores.append(own["scores"])
             admission = self._admit(slots, own, valid)
-            slots = admission.slots
-            parts.append(self._slot_part(near[..., block, :], admission, queries.score))
+            slots, part = admission.slots, self._slot_part(near[..., block, :], admission, queries.score)
+            further = self._admit_more(more, admission) if more else None
+            if further is not None:
+                own_part = self._slot_part(of_heads(near[..., block, :], *self._more), further, queries.score)
+                more, part = further.slots, join_in_heads(part, own_part, *self._more)
+            parts.append(part)
             if far is not None and features is not None:
                 own_route = None if route is None else route[:, :, block]
-                losers = admission.losers()
-                read, far = self._enter(losers, admission.out, position, features[..., block, :], far, own_route)
+                losers, out = self._out_of_all(admission, further)
+                read, far = self._enter(losers, out, position, features[..., block, :], far, own_route)
                 reads.append(read)
-        after.update(self._kept_slots(slots, state))
+        after.update(kept_slots(slots, state) | kept_slots(more, state, "more"))
         if scores:
             joined["scores"] = put_back(joined["scores"], torch.cat(scores, 2), frame.source)
         if far is not None:
@@ -117,8 +126,18 @@ class Leaving(Far):
         score = slot_score(self.spec, tokens, self.slot_score)
         return admit(slots, {**{n: x for n, x in tokens.items() if n != "scores"}, "score": score}, valid)
 
-    def _kept_slots(self, slots: Tokens, state: State) -> State:
-        return {f"slot_{name}": kept(x, state[f"slot_{name}"].dtype) for name, x in slots.items()}
+    def _admit_more(self, more: Tokens, admission: Admission) -> Admission:
+        """What slots give up competes for the further ones of the heads that have them: together they hold the best of all."""
+        return admit(more, {name: of_heads(x, *self._more) for name, x in admission.losers().items()}, admission.out)
+
+    def _out_of_all(self, admission: Admission, further: Admission | None) -> tuple[Tokens, Tensor]:
+        """Tokens (B, ., n, .) that neither slots nor further ones keep, and which of these are there, (B, n) or (B, G, n)."""
+        losers, out = admission.losers(), admission.out
+        if further is None:
+            return losers, out
+        (heads, kv), own = self._more, further.losers()
+        every, some = (x[:, None].expand(-1, count, -1) for x, count in ((out, kv), (further.out, len(heads))))
+        return {name: with_heads(x, own[name], heads, kv) for name, x in losers.items()}, with_heads(every, some, heads, kv)
 
     def _recalled(self, tokens: Tokens, position: Tensor, begins: Tensor, far: Tensor) -> Tensor:
         """Scores (B, G, n, .) with the memory's recall error of those tokens where a window's length `begins` (B,)."""
@@ -155,7 +174,10 @@ class Leaving(Far):
                 admission = self._admit(held(parts(spec, state), dtype), tokens, valid)
                 after["slot_score"] = admission.slots["score"].to(state["slot_score"].dtype)
                 after.update({name: slotted(spec, after[name], x) for name, x in admission.slots.items() if name in FIELDS})
-                tokens, valid = admission.losers(), admission.out
+                further = self._admit_more(held(state, dtype, "more"), admission) if spec.more_slots else None
+                if further is not None:
+                    after.update(kept_slots(further.slots, state, "more"))
+                tokens, valid = self._out_of_all(admission, further)
         if far is None or queries.far is None:
             return None
         position = place.old
@@ -164,6 +186,12 @@ class Leaving(Far):
         read, far = self._enter(tokens, valid, position, queries.far, far, queries.route, one=True)
         after["far"] = stored(far, state["far"].dtype, after["count"])
         return read
+
+    def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
+        """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
+        tokens = held(state, q.dtype, "more")
+        group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], (tokens["score"] > -torch.inf)[:, :, None, None])
+        return join_in_heads(near, attend(of_heads(q, *self._more).unsqueeze(3), group, score)[0], *self._more)
 
     def _enter_block(
         self, tokens: Tokens, valid: Tensor, position: Tensor, far: Tensor, state: State, queries: Queries
@@ -175,7 +203,7 @@ class Leaving(Far):
             route = None if queries.route is None else queries.route.expand(-1, -1, self.spec.block, -1)
             far = self._enter(tokens, valid, position, q, far, route)[1]
         first = {name: opened(state[name][:, :, :1], far.dtype) for name in FIELDS if name in state}
-        return far, first, torch.zeros_like(valid[:, :1]), position[:, :1]
+        return far, first, torch.zeros_like(position[:, :1], dtype=torch.bool), position[:, :1]
 
     def _score_recent(self, state: State, far: Tensor, dtype: torch.dtype) -> Tensor:
         """The ring's scores, with the recall error of the tokens that leave next where a window's length begins."""
@@ -190,10 +218,15 @@ class Leaving(Far):
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
 
 
-def held(state: State, dtype: torch.dtype) -> Tokens:
-    """The slots' tokens; their scores keep their own dtype."""
-    names = [name for name in state if name.startswith("slot_")]
-    return {n.removeprefix("slot_"): state[n] if n == "slot_score" else opened(state[n], dtype) for n in names}
+def held(state: State, dtype: torch.dtype, place: str = "slot") -> Tokens:
+    """The slots' tokens, or the further ones'; their scores keep their own dtype."""
+    names = [name.removeprefix(f"{place}_") for name in state if name.startswith(f"{place}_")]
+    return {n: state[f"{place}_{n}"] if n == "score" else opened(state[f"{place}_{n}"], dtype) for n in names}
+
+
+def kept_slots(slots: Tokens, state: State, place: str = "slot") -> State:
+    """Tokens in slots, as the state stores them."""
+    return {f"{place}_{name}": kept(x, state[f"{place}_{name}"].dtype) for name, x in slots.items()}
 
 
 def gather(ring: Tensor, index: Tensor) -> Tensor:

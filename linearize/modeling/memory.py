@@ -25,7 +25,8 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
     """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row.
 
     Each field of a token that stays exact has one buffer (batch, heads, places, width): a ring of recent tokens, then slots in
-    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. What the mixer computes of tokens is kept in at
+    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. Further slots of some heads have their own,
+    more_x (batch, those heads, places, width). What the mixer computes of tokens is kept in at
     least fp32, as it is computed: rounded, one call and many would see other numbers.
     """
     kv, memories = shape.kv_heads, spec.memories(shape)
@@ -48,6 +49,11 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
                 add(name, memories, exact, width, dtype=wide)
         add("scores", kv, spec.recent, spec.scores, dtype=wide)
         add("slot_score", kv, spec.slots, dtype=wide, value=-torch.inf)
+        for name in FIELDS if spec.more_slots else ():
+            if name in state and name != "scores":
+                like, heads = state[name], state[name].shape[1] // kv * len(spec.more_heads)
+                add(f"more_{name}", heads, spec.more_slots, like.shape[3], dtype=like.dtype)
+        add("more_score", len(spec.more_heads), spec.more_slots, dtype=wide, value=-torch.inf)
     if spec.has_far:
         own = torch.bfloat16 if spec.state_dtype == "bfloat16" else wide
         add("far", memories * (spec.experts + 1), spec.rows(shape), spec.columns(shape), dtype=own)

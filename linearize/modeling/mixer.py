@@ -101,6 +101,8 @@ class Mixer(Leaving):
 
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         spec.validate()
+        if any(head >= shape.kv_heads for head in spec.more_heads):
+            raise ValueError(f"more_heads names kv head {max(spec.more_heads)}, and there are {shape.kv_heads}, from 0 on")
         super().__init__(spec, shape)
         self.groups = shape.heads // shape.kv_heads
         self.ablate: str | None = None  # "far", "near" or "slots": that part is left out
@@ -205,6 +207,8 @@ class Mixer(Leaving):
                 hidden = hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
             exact = (opened(after["k"], s.q.dtype), opened(after["v"], s.q.dtype))
             near, weights = near_step(queries.near, *exact, hidden, score)
+            if spec.more_slots and self.ablate != "slots":
+                near = self.with_more(near, queries.near, after, score)
             if spec.scores_attention:
                 after["scores"] = with_attention(after["scores"], received_step(weights, place.distance, spec))
         if spec.has_far and spec.coverage == "all":
@@ -305,7 +309,9 @@ class Mixer(Leaving):
         if self.spec.normalise:
             read, mass = divide(read[..., :-1], read[..., -1]), read[..., -1]
         elif self.spec.merge == "denominator":
-            mass = (entered(self.spec, s.position) > 0).to(read.dtype)[:, None].expand(read.shape[:3])
+            more = torch.tensor([g in self.spec.more_heads for g in range(self.shape.kv_heads)], device=read.device)
+            held = more.repeat_interleave(self.groups)[:, None] * self.spec.more_slots
+            mass = (entered(self.spec, s.position)[:, None] > held).to(read.dtype).expand(read.shape[:3])
         return Halves(near, self.output(read, s.far_v, s.hidden), mass, s)
 
     def combine(self, halves: Halves) -> Tensor:

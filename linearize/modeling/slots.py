@@ -1,6 +1,6 @@
 """Exact slots: of all tokens that left the window, the m with the highest score for each kv head stay exact.
 
-A token's score is fixed when it leaves, so a running top-m is exact; ties go to the older token. What a slot gives up is
+A token's score is fixed when it leaves, so a running top-m is exact; ties go to the token that came first. What a slot gives up is
 handed on: it enters the far memory at that moment (LoLA, McDermott et al. 2025, section 3; scores also after H2O and KeyDiff).
 """
 
@@ -58,11 +58,13 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
         last = there & (age != lost)
         return Admission(everything, last[..., None, :], _kept(everything, last, size), lost, there.gather(2, lost)[:, 0])
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # of equal scores the older first
+    order = score.argsort(dim=-1, descending=True, stable=True)  # of equal scores the older first
+    rank = order.argsort(dim=-1)
+    old = ((order < size) & there.gather(-1, order)).to(torch.int32)
+    old = (old.cumsum(-1, dtype=torch.int32) - old).gather(-1, rank)  # how many of the slots keep their place against each
     rank = rank.to(torch.int32).masked_fill(~there, size + new)
-    better = rank[..., :, None] < rank[..., None, :]  # (B, G, i, j): i keeps its place against j
-    old, fresh = better[..., :size, :], better[..., size:, :]
-    ahead = old.sum(2, keepdim=True, dtype=torch.int32) + fresh.cumsum(2, dtype=torch.int32)  # (B, G, n, m + n)
+    better = rank[..., size:, None] < rank[..., None, :]  # (B, G, n, m + n): an arrival keeps its place against each
+    ahead = old[..., None, :] + better.cumsum(2, dtype=torch.int32)
     arrived = age <= torch.arange(size, size + new, device=device)[:, None]
     member = there[..., None, :] & arrived & (ahead < size)
     before = torch.cat([there[..., None, :size].expand(-1, -1, 1, -1), member[..., :-1, :size]], dim=2)
@@ -74,7 +76,7 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
 
 
 def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
-    """Slots of the candidates that stay, `last` (B, G, m + n), in order of age; then empty ones."""
+    """Slots of the candidates that stay, `last` (B, G, m + n), in the order in which they came; then empty ones."""
     order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
     filled = pick(last, order)
     kept = {name: pick(x, order) for name, x in everything.items() if name != "score"}

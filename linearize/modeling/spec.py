@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": KV_DTYPES,
 }
 WHOLE_NUMBERS = (
-    "window", "sinks", "slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
+    "window", "sinks", "slots", "more_slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
 )  # fmt: skip
 SCALE_BYTES = 2  # behind the codes of a vector in int8
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -94,6 +94,8 @@ class MixerSpec:
     window_kind: str = "sliding"
     sinks: int = 0
     slots: int = 0  # exact places for tokens that left the window
+    more_slots: int = 0  # further ones of `more_heads`, for what their slots give up
+    more_heads: tuple[int, ...] = ()  # kv heads
     slot_score: str = "attention"
     slot_fade: float = FADE  # nats in 1,024 tokens by which a learnt score falls behind those of newer tokens
     null_logits: int = 0  # learned logits that enter the near denominator alone
@@ -118,7 +120,7 @@ class MixerSpec:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(f"unknown mixer field '{unknown[0]}'")
-        spec = cls(**data)
+        spec = cls(**{**data, "more_heads": tuple(data.get("more_heads", ()))})
         spec.validate()
         return spec
 
@@ -228,7 +230,8 @@ class MixerSpec:
         total = 8  # the count of real tokens
         if self.has_near:
             total += (self.sinks + self.recent) * kv + self.recent * (extra + self.scores * shape.kv_heads * 4)
-            total += self.slots * (kv + extra + shape.kv_heads * 4)  # and a score
+            exact = kv + extra + shape.kv_heads * 4  # and a score
+            total += self.slots * exact + self.more_slots * len(self.more_heads) * exact // shape.kv_heads
         if self.has_far:
             memories = self.memories(shape) * (self.experts + 1)
             total += memories * self.rows(shape) * self.columns(shape) * DTYPE_BYTES[self.state_dtype]

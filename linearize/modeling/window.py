@@ -54,9 +54,10 @@ class Part:
         return self.numerator / self.denominator[..., None]
 
     def join(self, other: Part) -> Part:
-        """Both as one softmax; a part may be empty for some queries (denominator 0, top -inf), not both."""
+        """Both as one softmax; parts may be empty for some queries (denominator 0, top -inf)."""
         top = torch.maximum(self.top, other.top)
-        own, its = exp(self.top - top), exp(other.top - top)
+        known = top.clamp(min=torch.finfo(top.dtype).min)
+        own, its = exp(self.top - known), exp(other.top - known)
         numerator = self.numerator * own[..., None] + other.numerator * its[..., None]
         return Part(numerator, self.denominator * own + other.denominator * its, top)
 
@@ -132,7 +133,8 @@ def visible(spec: MixerSpec, query: Tensor, key: Tensor) -> Tensor:
 
 
 def entered(spec: MixerSpec, position: Tensor) -> Tensor:
-    """How many tokens have gone into the far memory when the query at `position` reads it; negative while none is due."""
+    """How many tokens have gone into the far memory when the query at `position` reads it; negative while none is due. Those that
+    more_slots take in some heads are not subtracted."""
     left = position - spec.window + 1 if spec.window_kind == "sliding" else (position // spec.window - 1) * spec.window
     return left - spec.sinks - spec.slots
 

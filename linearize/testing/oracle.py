@@ -68,8 +68,8 @@ class Document:
         numerator, denominator, top = self.near()
         if spec.merge == "denominator":
             if not spec.normalise:
-                begun = torch.tensor([bool(self.began(t)) for t in range(self.time)]).to(far)
-                masses = begun.expand(self.heads, -1)
+                groups = [h * self.kv_heads // self.heads for h in range(self.heads)]
+                masses = torch.tensor([[bool(self.began(t, g)) for t in range(self.time)] for g in groups]).to(far)
             weight = (self.far_log_mass(top) - top).exp() * masses
             return (numerator + weight[..., None] * far) / (denominator + weight)[..., None]
         near = numerator / denominator[..., None]
@@ -136,16 +136,17 @@ class Document:
         width = self.spec.window
         return j + width if self.spec.window_kind == "sliding" else (j // width + 2) * width
 
-    def began(self, t: int) -> int:
-        """How many tokens have entered the memories at query t."""
-        return max(sum(self.leaves(j) <= t for j in range(self.spec.sinks, self.time)) - self.spec.slots, 0)
+    def began(self, t: int, g: int) -> int:
+        """How many tokens have entered the memories of kv head g at query t."""
+        places = self.spec.slots + (self.spec.more_slots if g in self.spec.more_heads else 0)
+        return max(sum(self.leaves(j) <= t for j in range(self.spec.sinks, self.time)) - places, 0)
 
     # ---- slots and far ----
 
     def simulate(self) -> tuple[Tensor, Tensor]:
         """phi(q_t)^T S_t (H, T, V) and phi(q_t)^T z_t (H, T), with tokens entering one by one at their time."""
-        spec, slots = self.spec, [dict[int, float]() for _ in range(self.kv_heads)]
-        received, recalled = self.received() if spec.has_near else None, [dict[int, float]() for _ in range(self.kv_heads)]
+        spec, (slots, more, recalled) = self.spec, ([dict[int, float]() for _ in range(self.kv_heads)] for _ in range(3))
+        received = self.received() if spec.has_near else None
         reads: list[list[Tensor]] = [[] for _ in range(self.heads)]
         masses: list[list[Tensor]] = [[] for _ in range(self.heads)]
         for t in range(self.time):
@@ -157,13 +158,16 @@ class Document:
                 for j in leaving:
                     lost: int | None = j
                     if spec.slots:
-                        lost = compete(slots[g], j, self.slot_score(g, j, received, recalled[g]), spec.slots)
+                        scores = {**slots[g], j: self.slot_score(g, j, received, recalled[g])}
+                        lost = compete(slots[g], j, scores[j], spec.slots)
+                        if lost is not None and g in spec.more_heads:
+                            lost = compete(more[g], lost, scores[lost], spec.more_slots)
                     if lost is not None and spec.coverage == "older":
                         self._enter(g, lost)
                 if spec.coverage == "all" and spec.has_far:
                     for j in self.arriving(t):
                         self._enter(g, j)
-            self.exact.append([sorted(own) for own in slots])
+            self.exact.append([sorted({**own, **further}) for own, further in zip(slots, more, strict=True)])
             for h in range(self.heads if spec.has_far else 0):
                 memory = self.memories[h * len(self.memories) // self.heads]
                 read, mass = memory.read(self.query_features()[h, t], t)
@@ -278,10 +282,10 @@ def eight_bits(x: Tensor) -> Tensor:
 
 
 def compete(slots: dict[int, float], j: int, score: float, size: int) -> int | None:
-    """Put token j among the slots: the token that loses its place, or None; of equal scores the newer loses."""
+    """Put token j among the slots: the token that loses its place, or None; of equal scores the last to come loses."""
     slots[j] = score
     if len(slots) <= size:
         return None
-    loser = min(slots, key=lambda token: (slots[token], -token))
+    loser = min(reversed(slots), key=lambda token: slots[token])
     del slots[loser]
     return loser

@@ -27,6 +27,7 @@ VARIED: tuple[dict[str, Any], ...] = (
     {"window_kind": "sliding", "share_kv": False}, {"window_kind": "terraced", "share_kv": True},
     {"window_kind": "sliding", "share_kv": True, "slots": 3},
     {"window_kind": "terraced", "share_kv": True, "slots": 3, "slot_score": "learned", "kv_dtype": "int8"},
+    {"window_kind": "sliding", "share_kv": True, "slots": 2, "more_slots": 3, "more_heads": (0,), "slot_score": "learned"},
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def bidirectional_points() -> list[Point]:
 
 MAPS = ("identity", "unit", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's
 AXES: dict[str, tuple[Any, ...]] = {
-    **CHOICES, "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "slots": (0, 2), "conv": (0, 3),
+    **CHOICES, "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "conv": (0, 3),
+    "slots": (0, 2), "more_slots": (0, 3), "more_heads": ((), (0,)),
     "share_kv": (False, True), "tied_maps": (False, True), "normalise": (True, False), "far_rope": (True, False),
     "feature_dim": (0, 4), "gate_rank": (0, 3),
     "negative": (False, True), "deltas": (1, 2), "rank_one": (False, True), "experts": (0, 3), "active": (0, 2),
