@@ -19,6 +19,7 @@ SINKS, WINDOW = 4, 64
 WINDOWS = (16, 64, 256)
 SLOTS = (64, 128, 256, 512, 1024, 2048, 3072)  # of a kv head; a layer may give some of its heads one number and the rest another
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
+LASTING = 1024  # slots from which on a head's scores do not fade: it is one that looks up what was said long ago
 MEMORIES = (64,)  # windows with such a memory and no slots
 STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
@@ -29,7 +30,16 @@ def candidates() -> list[tuple[str, Options]]:
     and a narrow memory of what these give up."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
-    kept = [{"window": WINDOW, "slots": m, "slot_score": "learned", "feature_dim": NARROW} for m in SLOTS]
+    kept = [
+        {
+            "window": WINDOW,
+            "slots": m,
+            "slot_score": "learned",
+            "feature_dim": NARROW,
+            **({"slot_fade": 0.0} if m >= LASTING else {}),
+        }
+        for m in SLOTS
+    ]
     every = (*near, *far, *(("default", options) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]
 

@@ -27,6 +27,7 @@ from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import MixerSpec, Shape
+from linearize.modeling.spec_rules import FADE
 from linearize.progress import Progress
 from linearize.ranges import span
 
@@ -120,7 +121,8 @@ def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tenso
 def moved(mixer: Mixer, measured: Calibration, gradient: Tensor) -> Tensor:
     """g_t d_t of each token and kv head, (N, T, G)."""
     off = mixer(measured.inputs)[0].float() - measured.target.float()  # (N, T, H, V)
-    return (off * gradient.to(off)).sum(3).unflatten(2, (mixer.shape.kv_heads, -1)).sum(3)
+    heads: Tensor = (off * gradient.to(off)).sum(3).unflatten(2, (mixer.shape.kv_heads, -1))
+    return heads.sum(3)
 
 
 def cost(moved: Tensor, rows: Rows) -> tuple[float, float]:
@@ -139,9 +141,10 @@ def choices(layer: int, weighed: Sequence[Weighed], shape: Shape, rows: Rows) ->
         for heads in gaining(few, many, rows):
             chosen = torch.zeros(shape.kv_heads, dtype=torch.bool, device=few.moved.device)
             chosen[list(heads)] = True
-            more = many.mixer.slots - few.mixer.slots
-            mixer = replace(few.mixer, more_slots=more, more_heads=heads)
+            more, fade = many.mixer.slots - few.mixer.slots, many.mixer.slot_fade
+            mixer = replace(few.mixer, more_slots=more, more_heads=heads, more_fade=fade)
             options = {**few.options, "more_slots": more, "more_heads": span(heads)}
+            options |= {"more_fade": fade} if fade != FADE else {}
             costs = cost(torch.where(chosen, many.moved, few.moved).sum(2), rows)
             yield Choice(layer, few.method, options, mixer.state_bytes(shape), *costs)
 

@@ -12,7 +12,7 @@ from linearize.conversion.plan import Plan
 from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SCORE_LENGTH
 from linearize.methods.base import Method
 from linearize.methods.calibration import Calibration, relative_error
-from linearize.methods.slot_fit import fit_slot_score
+from linearize.methods.slot_fit import fit_slot_score, set_rates
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import mode, observed
@@ -27,7 +27,8 @@ def few_logits(model: nn.Module) -> dict[str, int]:
 
 
 def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping[str, Tensor] | None = None) -> Calibration:
-    """Fit the score by which slots are given away on all rows, unless there is one, and start the memory on some: these come back.
+    """Fit the score by which slots are given away on all rows, unless there is one (which fades as the spec says), and start the
+    memory on some: these come back.
 
     They are the beginnings of the first rows or, behind slots whose score is learnt, 4,096 tokens of whole rows: of the first
     thousand few would get into the memory.
@@ -36,6 +37,7 @@ def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping
         mixer.slot_score.load_state_dict(score)
     else:
         fit_slot_score(mixer, every)
+    set_rates(mixer)
     if mixer.spec.scores_learned:
         some = every.part(slice(max(SCORE_LENGTH // every.target.shape[1], 1)))
     else:

@@ -10,6 +10,7 @@ from linearize.conversion.plan import count_parameters, family_of
 from linearize.conversion.sources import resolve
 from linearize.methods.layout import layout, stages_of
 from linearize.modeling.spec import MixerSpec, Shape
+from linearize.ranges import span
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def axes(spec: MixerSpec) -> str:
         near = f"window {spec.window}{' terraced' if spec.window_kind == 'terraced' else ''}"
         near += f" + {spec.sinks} sinks" if spec.sinks else ""
         near += f" + {spec.slots} slots" if spec.slots else ""
+        near += f", {spec.slots + spec.more_slots} in kv heads {span(spec.more_heads)}" if spec.more_slots else ""
     if not spec.has_far:
         return near
     rule = f"{spec.deltas} deltas" if spec.deltas > 1 else spec.rule

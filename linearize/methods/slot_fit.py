@@ -15,8 +15,8 @@ FADE_TOKENS = 1024  # in which a score falls behind by its `slot_fade`
 
 def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
     """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
-    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. All heads fade alike, at a
-    rate that is not fitted: the one of the least output error forgets too fast.
+    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. The rate at which a score
+    fades is not fitted, see `set_rates`: the one of the least output error forgets too fast.
 
     Only tokens that leave the window early enough to be looked at for as long again are counted; rows shorter than that leave
     the score as it is.
@@ -39,7 +39,13 @@ def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
         learned.up.data[head], learned.attention.data[head] = weight[: x.shape[1] - 1], weight[x.shape[1] :]
         assert learned.bias is not None
         learned.bias.data[head] = weight[x.shape[1] - 1]
-    learned.rate.data.fill_(spec.slot_fade / FADE_TOKENS)
+
+
+def set_rates(mixer: Mixer) -> None:
+    """The scores of each kv head fade as the spec says."""
+    if mixer.slot_score is not None:
+        fades = [mixer.spec.more_fade if g in mixer.spec.more_heads else mixer.spec.slot_fade for g in range(mixer.shape.kv_heads)]
+        mixer.slot_score.rate.data.copy_(torch.tensor(fades) / FADE_TOKENS)
 
 
 def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:

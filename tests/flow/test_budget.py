@@ -6,23 +6,42 @@ import json
 from itertools import product
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion import budget_costs
-from linearize.conversion.budget import Choice, Frontier, Layout, candidates
-from linearize.conversion.budget_costs import ASKED_TOKENS, Rows, log_odds, measure_costs, output_gradients
+from linearize.conversion.budget import STORED, Choice, Frontier, Layout, Options, candidates
+from linearize.conversion.budget_costs import (
+    ASKED_TOKENS,
+    Rows,
+    Weighed,
+    choices,
+    cost,
+    gaining,
+    log_odds,
+    measure_costs,
+    moved,
+    output_gradients,
+    plans_of,
+    started,
+)
 from linearize.conversion.convert import attach
 from linearize.conversion.plan import plan_for
 from linearize.conversion.ranking import alone
 from linearize.conversion.sources import Source
 from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, asking
 from linearize.errors import InputError
+from linearize.methods.calibration import Calibration
 from linearize.methods.layout import check_options, layout
-from linearize.modeling.mixer import Mixer
-from linearize.modeling.modeling_linearized import attentions, mode
+from linearize.modeling.attention import LinearizedAttention
+from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.modeling.spec import MixerSpec
+from linearize.progress import silent
+from linearize.ranges import listed
 from linearize.testing.families import tiny_family
 
 
@@ -64,6 +83,8 @@ def test_a_budget_is_kept_and_what_is_left_is_spent(seed: int) -> None:
 def test_a_layout_is_told_as_flags_that_give_it_back() -> None:
     draw = Random(0)
     picked = [draw.choice(candidates()) for _ in range(12)]
+    further = {**candidates()[-1][1], "more_slots": 300, "more_heads": "0,2-3"}
+    picked[3:6] = [("default", further), ("default", {**further, "more_heads": "1"}), picked[3]]
     made = Layout(tuple(Choice(i, name, options, 1, 0.0, 0.0) for i, (name, options) in enumerate(picked)))
     check_options(made.method, made.options)
     for i, (name, options) in enumerate(picked):
@@ -71,7 +92,7 @@ def test_a_layout_is_told_as_flags_that_give_it_back() -> None:
         assert place is not None
         assert place.name == name
         for key, value in options.items():
-            assert getattr(place.mixer, key) == value
+            assert getattr(place.mixer, key) == (value if key != "more_heads" else tuple(listed(value)))
 
 
 def test_costs_tell_what_a_swap_does() -> None:
@@ -84,7 +105,8 @@ def test_costs_tell_what_a_swap_does() -> None:
     model = attach(base.eval(), plan.config_field())
     rows = Rows.of(ids)
     found = measure_costs(model, plan, rows, 0, lambda *_, **__: None)
-    assert len(found) == len(candidates()) * len(plan.parts)
+    alike = [c for c in found if "more_slots" not in c.options]
+    assert len(alike) == len(candidates()) * len(plan.parts)
     told = {(c.layer, c.options["window"]): c.kl for c in found if c.method == "window" and not c.options["slots"]}
     text = rows.ids[rows.measured][rows.asked :]
     with torch.no_grad():
@@ -98,6 +120,51 @@ def test_costs_tell_what_a_swap_does() -> None:
                 student = model(text).logits[:, :-1].log_softmax(-1)
             real = float((teacher.exp() * (teacher - student)).sum(-1).mean())
             assert real / 2 < told[attention.linearize_index, window] < real * 2
+
+
+def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
+    """Whatever number of slots the other heads have: the choice's cost is that of the mixer with its options, on the same rows."""
+    base = tiny_family("llama").double()
+    torch.manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, 160))
+    source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
+    plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
+    model, rows = attach(base.eval(), plan.config_field()), Rows.of(ids)
+    kept: dict[str, torch.Tensor] = {}
+    gradients = output_gradients(model, rows, 0, silent)
+    pairs: list[tuple[Any, Any]] = []
+
+    def observe(attention: LinearizedAttention, inputs: Inputs, target: torch.Tensor) -> None:
+        if attention.linearize_index:
+            return
+        every = Calibration(inputs, target)
+
+        def weighed(options: Options) -> Weighed:
+            mixer = started(plans_of(plan, "default", options)[0], plan, every.part(rows.fitted), kept, 0)
+            return Weighed("default", options, mixer.spec, moved(mixer, every.part(rows.measured), gradients[0]))
+
+        near = {"window": 16, "slot_score": "learned", "feature_dim": 8, **STORED}
+        few, many = (weighed({**near, "slots": slots, "slot_fade": fade}) for slots, fade in ((8, 40.0), (24, 0.0)))
+        for choice in choices(0, [few, many], plan.shape, rows):
+            real = weighed(choice.options)
+            told = (choice.bytes, choice.kl, choice.recall)
+            pairs.append((told, (real.mixer.state_bytes(plan.shape), *cost(real.moved.sum(2), rows))))
+
+    with torch.no_grad(), observed(model, observe), mode(model, "observe"):
+        model(rows.ids, logits_to_keep=1)
+    assert len(pairs) > 2
+    assert len({told for told, _ in pairs}) == len(pairs)
+    for told, real in pairs:
+        assert told == pytest.approx(real, rel=1e-6)
+
+
+def test_heads_that_gain_most_come_first() -> None:
+    """By KL and by recall, each number of them; rows are one that asks and one of text."""
+    rows = Rows(torch.zeros(2, 4, dtype=torch.long), text=1, asked=1)
+    few = torch.tensor([[[1.0, 5.0, 2.0]], [[3.0, 1.0, 2.0]]]).expand(-1, 4, -1)  # asked, text; by kv head
+    spec = MixerSpec()
+    found = gaining(Weighed("a", {}, spec, few), Weighed("b", {}, spec, torch.zeros_like(few)), rows)
+    assert found == [(0,), (0, 2), (1,), (1, 2)]
 
 
 def test_rows_that_ask_count_by_log_odds_at_their_end_and_text_by_log_p(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of compiled steps is not installed")
 
-SLOTS = {"window": 4, "sinks": 2, "slots": 3, "slot_score": "attention"}
+SLOTS = {"window": 4, "sinks": 2, "slots": 3, "more_slots": 2, "more_heads": (1,), "slot_score": "attention"}
 
 
 def spec_of(method: str, **changes: Any) -> MixerSpec:

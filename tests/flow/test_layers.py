@@ -78,6 +78,15 @@ def test_options_of_single_layers() -> None:
     assert [parts[i].mixer.slots for i in range(6)] == [0, 4, 4, 0, 0, 4]
 
 
+def test_heads_that_a_model_has_not_are_refused() -> None:
+    options = {"slots": 4, "more_slots": 8, "more_heads": "0,2-3"}
+    shape = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 300}
+    parts = plan_for(Source("x", "x", "memory", None, shape), "default", None, options, "calibrated").parts
+    assert parts[1].mixer.more_heads == (0, 2, 3)
+    with pytest.raises(InputError, match="more_heads names kv head 2, and the model has 2"):
+        plan_for(Source("x", "x", "memory", None, shape | {"num_key_value_heads": 2}), "default", None, options, "calibrated")
+
+
 @pytest.mark.parametrize(
     ("option", "what"), [("slots@x", "cannot read the layers of 'slots@x'"), ("slotz@1", "unknown option 'slotz'")]
 )

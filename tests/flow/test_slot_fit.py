@@ -20,7 +20,7 @@ from linearize.loading import load
 from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
 from linearize.methods.default import Default
-from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, attention_inside_and_beyond, fit_slot_score
+from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, attention_inside_and_beyond, fit_slot_score, set_rates
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
@@ -64,8 +64,10 @@ def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypat
 
 @pytest.mark.parametrize("fade", [0.0, 0.75])
 def test_the_fit_is_the_least_squares_one(fade: float) -> None:
-    mixer, given = random_mixer(replace(SPEC, slot_fade=fade), dtype=torch.float32), calibration()
+    spec = replace(SPEC, slot_fade=fade, more_slots=2, more_heads=(1,), more_fade=2 * fade)
+    mixer, given = random_mixer(spec, dtype=torch.float32), calibration()
     fit_slot_score(mixer, given)
+    set_rates(mixer)
     got, wanted = attention_inside_and_beyond(mixer, given)
     counted = slice(SPEC.sinks, TIME - 2 * SPEC.window)
     assert given.inputs.hidden is not None
@@ -80,7 +82,7 @@ def test_the_fit_is_the_least_squares_one(fade: float) -> None:
         learned: Any = mixer.slot_score
         fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
         assert torch.allclose(fitted, least[:, 0], atol=1e-3)
-        assert float(learned.rate[head].detach()) == pytest.approx(fade / FADE_TOKENS)
+        assert float(learned.rate[head].detach()) == pytest.approx((1 + head) * fade / FADE_TOKENS)
 
 
 def test_short_rows_leave_the_score_as_it_is() -> None:
@@ -130,7 +132,7 @@ class Seen(Default):
 
 
 def test_memories_behind_learnt_slots_start_from_whole_rows() -> None:
-    """Elsewhere from the first two rows, up to 1,024 tokens of each; a score that is there already is not fitted again."""
+    """Elsewhere from the first two rows, up to 1,024 tokens of each; a score that is there is not fitted, but fades as told."""
     long = Calibration(random_inputs(tiny_shape(), 1100, 4, torch.float32), torch.zeros(4, 1100, 4, 8))
     far = replace(Default().mixer(), window=4, sinks=2)
     slotted = random_mixer(replace(far, slots=3, slot_score="learned"), dtype=torch.float32)
@@ -139,7 +141,8 @@ def test_memories_behind_learnt_slots_start_from_whole_rows() -> None:
     for mixer, score, shape in ((slotted, None, (3, 1100)), (slotted, known, (3, 1100)), (random_mixer(far), None, (2, 1024))):
         used = start_mixer(mixer, Seen(), long, score)
         assert used.target.shape[:2] == Seen.rows[-1].target.shape[:2] == shape
-    assert all(bool((x == 0.5).all()) for x in slotted.slot_score.state_dict().values())
+    rate = slotted.spec.slot_fade / FADE_TOKENS
+    assert all(bool((x == (0.5 if name != "rate" else rate)).all()) for name, x in slotted.slot_score.state_dict().items())
 
 
 @pytest.mark.parametrize("documents", [[100], [1000] * 40, [2048] * 9, [5000] * 8, [9000] * 2, [20_000]])
