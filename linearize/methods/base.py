@@ -23,7 +23,7 @@ AXES: dict[str, str] = {
     "window_kind": "sliding, or terraced (own block and the one before)",
     "sinks": "exact first tokens",
     "slots": "exact places for tokens that left the window",
-    "more_slots": "further ones of some kv heads, for what their slots give up",
+    "more_slots": "further ones of some kv heads",
     "more_heads": "these kv heads, as in 0,2-3",
     "slot_score": "which tokens get them: attention, recall, product, norm or learned",
     "more_fade": "slot_fade of these heads",
@@ -40,7 +40,7 @@ AXES: dict[str, str] = {
     "state_dtype": "storage of the memory: float32 or bfloat16",
     "kv_dtype": "storage of exact keys and values: model (as computed) or int8",
 }
-_AXIS_TYPES = {f.name: str(f.type) for f in fields(MixerSpec)}
+_AXIS_TYPES = {f.name: str(f.type).replace("tuple[int, ...]", "ints") for f in fields(MixerSpec)}
 
 
 ATTENTION, LORA, LONG = KINDS = ("attention", "lora", "long")
@@ -180,7 +180,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "str": str,
     "bool": lambda text: {"true": True, "false": False}[str(text).lower()],
-    "tuple[int, ...]": lambda text: tuple(text if isinstance(text, list | tuple) else listed(str(text))),
+    "ints": lambda text: tuple(text if isinstance(text, list | tuple) else listed(str(text))),
 }
 
 
