@@ -39,7 +39,8 @@ def _near(s: Any) -> list[Rule]:
             s.more_fade != FADE and not (s.scores_learned and s.more_slots),
             "more_fade belongs to more_slots with slot_score 'learned'",
         ),
-        (min(s.slot_fade, s.more_fade) < 0, "slot_fade and more_fade must be at least 0"),
+        (s.slot_fade < 0, "slot_fade must be at least 0"),
+        (s.more_fade < 0, "more_fade must be at least 0"),
         (
             s.scores_recall and s.coverage != "older",
             f"slot_score '{s.slot_score}' reads a memory of older tokens: set coverage='older'",
