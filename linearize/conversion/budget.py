@@ -30,16 +30,8 @@ def candidates() -> list[tuple[str, Options]]:
     and a narrow memory of what these give up."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
-    kept = [
-        {
-            "window": WINDOW,
-            "slots": m,
-            "slot_score": "learned",
-            "feature_dim": NARROW,
-            **({"slot_fade": 0.0} if m >= LASTING else {}),
-        }
-        for m in SLOTS
-    ]
+    plain = {"window": WINDOW, "slot_score": "learned", "feature_dim": NARROW}
+    kept = [{**plain, "slots": m} if m < LASTING else {**plain, "slots": m, "slot_fade": 0.0} for m in SLOTS]
     every = (*near, *far, *(("default", options) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]
 

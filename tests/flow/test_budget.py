@@ -29,7 +29,7 @@ from linearize.conversion.budget_costs import (
     started,
 )
 from linearize.conversion.convert import attach
-from linearize.conversion.plan import plan_for
+from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import alone
 from linearize.conversion.sources import Source
 from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, asking
@@ -95,15 +95,19 @@ def test_a_layout_is_told_as_flags_that_give_it_back() -> None:
             assert getattr(place.mixer, key) == (value if key != "more_heads" else tuple(listed(value)))
 
 
-def test_costs_tell_what_a_swap_does() -> None:
-    """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
+def searched(length: int) -> tuple[Plan, Any, Rows]:
+    """A tiny model as the search sees it, in fp64, and random rows of so many tokens."""
     base = tiny_family("llama").double()
     torch.manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, 96))
+    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, length))
     source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
     plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
-    model = attach(base.eval(), plan.config_field())
-    rows = Rows.of(ids)
+    return plan, attach(base.eval(), plan.config_field()), Rows.of(ids)
+
+
+def test_costs_tell_what_a_swap_does() -> None:
+    """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
+    plan, model, rows = searched(96)
     found = measure_costs(model, plan, rows, 0, lambda *_, **__: None)
     alike = [c for c in found if "more_slots" not in c.options]
     assert len(alike) == len(candidates()) * len(plan.parts)
@@ -114,7 +118,7 @@ def test_costs_tell_what_a_swap_does() -> None:
             teacher = model(text).logits[:, :-1].log_softmax(-1)
         for attention, window in product(attentions(model), (256,)):
             options = next(own for name, own in candidates() if own["window"] == window)
-            place = plan_for(source, "window", None, options, "calibrated").parts[attention.linearize_index]
+            place = plan_for(plan.source, "window", None, options, "calibrated").parts[attention.linearize_index]
             attention.linearize = Mixer(place.mixer, plan.shape)
             with alone(model, attention):
                 student = model(text).logits[:, :-1].log_softmax(-1)
@@ -124,12 +128,7 @@ def test_costs_tell_what_a_swap_does() -> None:
 
 def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
     """Whatever number of slots the other heads have: the choice's cost is that of the mixer with its options, on the same rows."""
-    base = tiny_family("llama").double()
-    torch.manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, 160))
-    source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
-    plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
-    model, rows = attach(base.eval(), plan.config_field()), Rows.of(ids)
+    plan, model, rows = searched(160)
     kept: dict[str, torch.Tensor] = {}
     gradients = output_gradients(model, rows, 0, silent)
     pairs: list[tuple[Any, Any]] = []
