@@ -1,12 +1,14 @@
 """Registers the linearized architectures with transformers' Auto classes as soon as both packages are imported, in either order.
 
-Importing transformers here would make `linearize --help` take seconds, so an import finder waits for it.
+Importing transformers here would make `linearize --help` take seconds, so an import finder waits for it. A family's config may be
+what imports the Auto classes (for its docstring), and cannot be registered before it is complete: it is waited for too.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -15,7 +17,9 @@ from types import ModuleType
 
 AUTO = "transformers.models.auto.modeling_auto"
 RUNTIME = "linearize.modeling.modeling_linearized"
+CONFIG = re.compile(r"transformers\.models\.\w+\.configuration_\w+")
 _waiting = {AUTO, RUNTIME}
+_loading: set[str] = set()  # configs whose import has begun
 
 
 class _Watched(Loader):
@@ -28,13 +32,19 @@ class _Watched(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _complete(module.__name__)
+        name = module.__name__
+        if CONFIG.fullmatch(name):
+            _loading.add(name)
+        try:
+            self.loader.exec_module(module)
+        finally:
+            _loading.discard(name)
+        _complete(name)
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _waiting or name in _finding:
+        if not (name in _waiting or CONFIG.fullmatch(name)) or name in _finding:
             return None
         _finding.add(name)
         try:
@@ -53,11 +63,12 @@ def _complete(name: str) -> None:
     _waiting.discard(name)
     if name == AUTO and RUNTIME not in sys.modules:
         importlib.import_module(RUNTIME)  # its own loader completes the pair
-    elif not _waiting:
+    elif not (_waiting or _loading):
         register()
 
 
 def register() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
     from linearize.conversion.architectures import ARCHITECTURES
     from linearize.modeling.modeling_linearized import register as register_architectures
 
