@@ -133,11 +133,11 @@ def cost(moved: Tensor, rows: Rows) -> tuple[float, float]:
 
 
 def choices(layer: int, weighed: Sequence[Weighed], shape: Shape, rows: Rows) -> Iterator[Choice]:
-    """What a layer may become: each candidate, and of two with slots the one in some heads, the other in the rest."""
+    """What a layer may become: each candidate, and of two with slots that fade alike one in some heads, the other in the rest."""
     for one in weighed:
         yield Choice(layer, one.method, one.options, one.mixer.state_bytes(shape), *cost(one.moved.sum(2), rows))
     slotted = sorted((x for x in weighed if x.mixer.slots), key=lambda x: x.mixer.slots)
-    for few, many in combinations(slotted, 2):
+    for few, many in (pair for pair in combinations(slotted, 2) if pair[0].mixer.slot_fade == pair[1].mixer.slot_fade):
         for heads in gaining(few, many, rows):
             chosen = torch.zeros(shape.kv_heads, dtype=torch.bool, device=few.moved.device)
             chosen[list(heads)] = True

@@ -143,15 +143,15 @@ def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
             return Weighed("default", options, mixer.spec, moved(mixer, every.part(rows.measured), gradients[0]))
 
         near = {"window": 16, "slot_score": "learned", "feature_dim": 8, **STORED}
-        few, many = (weighed({**near, "slots": slots, "slot_fade": fade}) for slots, fade in ((8, 40.0), (24, 0.0)))
-        for choice in choices(0, [few, many], plan.shape, rows):
+        found = [weighed({**near, "slots": slots, "slot_fade": fade}) for fade in (40.0, 0.0) for slots in (8, 24)]
+        for choice in choices(0, found, plan.shape, rows):
             real = weighed(choice.options)
             told = (choice.bytes, choice.kl, choice.recall)
             pairs.append((told, (real.mixer.state_bytes(plan.shape), *cost(real.moved.sum(2), rows))))
 
     with torch.no_grad(), observed(model, observe), mode(model, "observe"):
         model(rows.ids, logits_to_keep=1)
-    assert len(pairs) > 2
+    assert len(pairs) > 4
     assert len({told for told, _ in pairs}) == len(pairs)
     for told, real in pairs:
         assert told == pytest.approx(real, rel=1e-6)
