@@ -75,18 +75,17 @@ class Layout:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As `--set` takes them: the commonest value for all layers, others for theirs."""
+        """As `--set` takes them: of what all layers have, the commonest value for all and others for theirs; the rest by layer."""
         found: dict[str, Any] = {}
         for key in dict.fromkeys(key for choice in self.choices for key in choice.options):
-            having = {choice.method for choice in self.choices if key in choice.options}
-            said = [choice for choice in self.choices if choice.method in having]
-            values = Counter(choice.options[key] for choice in said if key in choice.options)
-            common = values.most_common(1)[0][0] if all(key in choice.options for choice in said) else None
+            said = [choice for choice in self.choices if key in choice.options]
+            values = Counter(choice.options[key] for choice in said)
+            common = values.most_common(1)[0][0] if all(key in choice.options for choice in self.choices) else None
             if common is not None:
                 found[key] = common
             for value in values:
                 if value != common:
-                    found[f"{key}@{span(c.layer for c in said if c.options.get(key) == value)}"] = value
+                    found[f"{key}@{span(c.layer for c in said if c.options[key] == value)}"] = value
         return found
 
     def with_choice(self, choice: Choice) -> Layout:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli.tiny import TEXT, Cli, write_model
 
+from linearize.conversion import budget as layouts
 from linearize.conversion import budget_costs
 from linearize.conversion.budget import STORED, Choice, Frontier, Layout, Options, candidates
 from linearize.conversion.budget_costs import (
@@ -80,8 +81,16 @@ def test_a_budget_is_kept_and_what_is_left_is_spent(seed: int) -> None:
         frontier.within(frontier.layouts[0].bytes - 1)
 
 
-def test_a_layout_is_told_as_flags_that_give_it_back() -> None:
-    draw = Random(0)
+@pytest.fixture
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of slots for a tiny model would be nothing but slow."""
+    monkeypatch.setattr(layouts, "SLOTS", (8, 16, 32))
+    monkeypatch.setattr(layouts, "LASTING", 16)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_layout_is_told_as_flags_that_give_it_back(seed: int) -> None:
+    draw = Random(seed)
     picked = [draw.choice(candidates()) for _ in range(12)]
     further = {**candidates()[-1][1], "more_slots": 300, "more_heads": "0,2-3"}
     picked[3:6] = [("default", further), ("default", {**further, "more_heads": "1"}), picked[3]]
@@ -105,6 +114,7 @@ def searched(length: int) -> tuple[Plan, Any, Rows]:
     return plan, attach(base.eval(), plan.config_field()), Rows.of(ids)
 
 
+@pytest.mark.usefixtures("few_slots")
 def test_costs_tell_what_a_swap_does() -> None:
     """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
     plan, model, rows = searched(96)
@@ -203,6 +213,7 @@ def test_log_odds_do_not_saturate() -> None:
     assert torch.allclose(log_odds(logits, torch.tensor([0, 1])), torch.tensor([30.0, 0.0]) - torch.tensor(2.0).log())
 
 
+@pytest.mark.usefixtures("few_slots")
 def test_convert_finds_a_layout_and_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, cli = write_model(tmp_path / "tiny"), Cli(capsys)
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
