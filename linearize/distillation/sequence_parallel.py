@@ -72,10 +72,15 @@ def sharing(group: dist.ProcessGroup, model: nn.Module, positions: Tensor) -> It
             stack.enter_context(_instead(module.linearize, "forward", partial(own.student, module.linearize)))
             stack.enter_context(_instead(module, "linearize_softmax", own.softmax))
         AttentionInterface.register(OVER_PARTS, own.attend)
+        stack.callback(AttentionInterface.register, OVER_PARTS, _shared_no_more)  # or the registry would keep the group alive
         AttentionMaskInterface.register(OVER_PARTS, mask_function)
         for config in softmax_configs(model):
             stack.enter_context(_instead(config, "_attn_implementation_internal", OVER_PARTS))
         yield own
+
+
+def _shared_no_more(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("rows are read in parts only inside sharing()")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -244,3 +246,14 @@ def test_rope_that_depends_on_the_length_is_refused() -> None:
     model = convert_model(tiny_family("llama", rope_parameters=scaled), method="default", options={"window": 4})
     with pytest.raises(UnsupportedError, match="RoPE of type 'dynamic' depends on how long a whole row is"):
         check_sharing(model, 2, {"lora": 64})
+
+
+def test_nothing_keeps_the_group_when_rows_are_shared_no_more() -> None:
+    """A group that lives to the end of the interpreter has threads then, and they abort it."""
+    group: Any = type("Group", (), {})()
+    kept, model = weakref.ref(group), convert_model(tiny_family("llama"), method="default", layers="1")
+    with sharing(group, model, torch.zeros(1, 4, dtype=torch.long)):
+        pass
+    del group
+    gc.collect()
+    assert kept() is None
