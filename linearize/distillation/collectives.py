@@ -6,7 +6,6 @@ others wait for it in the backward pass: what a process has no use for is multip
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
@@ -76,8 +75,7 @@ def from_left(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
 
 def leave() -> None:
     """Take the process group down while all processes are there: left to the interpreter's end, gloo's threads may find that the
-    others have gone, or that Python has, and abort."""
+    others have gone, and abort."""
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # a graph that waits to be freed holds the group, and with it these threads
         dist.barrier()
         dist.destroy_process_group()

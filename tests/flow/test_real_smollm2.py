@@ -21,6 +21,7 @@ from linearize.documents import BUILTIN, documents
 from linearize.methods import get, make, names
 from linearize.modeling.modeling_linearized import attentions, replaced
 from linearize.testing.laws import deviation
+from linearize.testing.points import HEADLINE
 from linearize.text import split, tokenise
 
 pytestmark = [
@@ -93,8 +94,7 @@ def rounding(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-DAILY = ("default", "lolcats", "liger", "gated-deltanet")  # every method has the laws on small ones
-METHODS = [pytest.param(name, marks=() if name in DAILY else pytest.mark.exhaustive) for name in names()]
+METHODS = [pytest.param(name, marks=() if name in (*HEADLINE, "gsa") else pytest.mark.exhaustive) for name in names()]
 
 
 @pytest.mark.parametrize("method", METHODS)
