@@ -82,11 +82,12 @@ def open_generator(directory: Path, run: Run | None = None, report: Progress = s
 
 @dataclass
 class Generator:
-    """A model and its tokenizer; `stream` continues token ids on a cache and leaves figures in `last`."""
+    """A model and its tokenizer; `stream` continues token ids on a cache, leaves them all in `sequence` and figures in `last`."""
 
     model: Any
     tokenizer: Any
     last: dict[str, Any] = field(default_factory=dict)
+    sequence: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _stop: _Stop = field(default_factory=_Stop)
 
     def __post_init__(self) -> None:
@@ -99,21 +100,25 @@ class Generator:
         """End the running answer after the token in work."""
         self._stop.asked.set()
 
-    def read(self, ids: list[int], cache: Any) -> None:
-        """Let the cache take in `ids`, the first of which it holds."""
+    def read(self, ids: Tensor, cache: Any) -> None:
+        """Let the cache take in `ids` (T,), the first of which it holds."""
         for start in range(cache.get_seq_length(), len(ids), PREFILL_CHUNK):
-            chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=self.model.device)
+            chunk = ids[None, start : start + PREFILL_CHUNK].to(self.model.device)
             positions = torch.arange(start, start + chunk.shape[1], device=self.model.device)[None]
             with torch.no_grad():
                 self.model(input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def stream(self, ids: list[int], cache: Any, settings: Settings) -> Iterator[str]:
-        """Pieces of text that follow `ids`, the first of which the cache holds; afterwards `ids` is the whole sequence."""
+    def stream(self, ids: Tensor, cache: Any, settings: Settings) -> Iterator[str]:
+        """Pieces of text that follow `ids` (T,), the first of which the cache holds; afterwards `sequence` is all of it.
+
+        Penalties of the generation config count all of `ids`, so they are given whole; as a tensor, they take 8 bytes each.
+        """
         self._stop = _Stop()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         known, began = cache.get_seq_length(), time.monotonic()
-        inputs = torch.tensor([ids], device=self.model.device)
-        found: list[list[int]] = []
+        inputs = ids[None].to(self.model.device)
+        mask = torch.ones_like(inputs, dtype=torch.bool)
+        found: list[Tensor] = []
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -121,12 +126,12 @@ class Generator:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(settings.seed)
                     sequences = self.model.generate(
-                        inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, streamer=streamer,
+                        inputs, attention_mask=mask, past_key_values=cache, streamer=streamer,
                         max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK,
                         stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
-                found.append(sequences[0].tolist())
+                found.append(sequences[0].cpu())
             except BaseException as error:  # handed to the thread that reads
                 failed.append(error)
                 streamer.end()
@@ -140,10 +145,8 @@ class Generator:
             worker.join()
         if failed:
             raise failed[0]
-        new = len(found[0]) - len(ids)
-        prompt = len(ids) - known
-        ids[:] = found[0]
-        self.last = self._figures(prompt, new, len(ids), began, cache)
+        self.sequence = found[0]
+        self.last = self._figures(len(ids) - known, len(self.sequence) - len(ids), len(self.sequence), began, cache)
 
     def _figures(self, prompt: int, new: int, total: int, began: float, cache: Any) -> dict[str, Any]:
         now, first = time.monotonic(), self._stop.first_token or time.monotonic()
@@ -175,4 +178,4 @@ class Completion:
     def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
         """Pieces of the continuation of `prompt`."""
         ids = self.generator.tokenizer(prompt)["input_ids"] or [self.generator.tokenizer.bos_token_id or 0]
-        return self.generator.stream(list(ids), self.generator.new_cache(), settings)
+        return self.generator.stream(torch.tensor(ids), self.generator.new_cache(), settings)

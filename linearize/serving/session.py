@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from linearize.progress import Progress, silent
 from linearize.serving.generate import Generator, Run, Settings, open_generator
 
-SNAPSHOTS = 8
+SNAPSHOTS = 4
 Messages = Sequence[dict[str, str]]
 
 
@@ -66,7 +68,7 @@ class Session:
         """Forget the talk."""
         self.history: list[dict[str, str]] = []
         self._heard = Heard(self.generator.new_cache())
-        self._tokens = array("i")  # all that the state has read, and those of older states: they are its beginnings
+        self._tokens = torch.empty(0, dtype=torch.long)  # all that the state has read; older states have read its beginnings
         self._snapshots: list[Heard] = []
 
     def undo(self) -> None:
@@ -98,9 +100,9 @@ class Session:
             answer = "".join(pieces)
             self.history.append({"role": "assistant", "content": answer})
             if whole:
-                self._tokens = array("i", ids)
+                self._tokens = self.generator.sequence
                 special = set(self.generator.tokenizer.all_special_ids)  # the template writes what ends an answer
-                rest = ids[self._heard.cache.get_seq_length() :]
+                rest = self._tokens[self._heard.cache.get_seq_length() :].tolist()
                 self._heard.note(talk + answer, [token for token in rest if token not in special])
             else:  # nobody knows how far the cache has come
                 self._heard = copy.deepcopy(self._snapshots[-1])
@@ -119,14 +121,15 @@ class Session:
             ids = self._unread(said)
             self.generator.read(ids, self._heard.cache)
             self._heard.note(said, [])
-            self._tokens = array("i", ids)
+            self._tokens = ids
 
-    def _unread(self, talk: str) -> list[int]:
-        """Tokens of the talk, which begins with what was heard: those that the cache has read, then those that it has not."""
+    def _unread(self, talk: str) -> Tensor:
+        """Tokens (T,) of the talk, which begins with what was heard: those that the cache has read, then those that it has not."""
         tokenizer, heard = self.generator.tokenizer, self._heard
         first = heard.length == 0 and tokenizer.chat_template is None  # elsewhere the template has written the special tokens
         new = tokenizer(talk[heard.length :], add_special_tokens=first)["input_ids"]
-        return self._tokens[: heard.cache.get_seq_length()].tolist() + heard.pending + list(new)
+        unread = torch.tensor([*heard.pending, *new], dtype=torch.long)
+        return torch.cat([self._tokens[: heard.cache.get_seq_length()], unread])
 
     def _plain(self, text: str) -> str:
         for token in self.generator.tokenizer.all_special_tokens:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.tiny import TEMPLATE, TEXT, write_model
+from torch import Tensor
 
 from linearize.benchmarks.probe import probe
 from linearize.conversion.convert import convert
@@ -40,7 +42,7 @@ class Watched:
         self.model.get_input_embeddings().register_forward_pre_hook(self.note)
 
     def counting(self, call: Any) -> Any:
-        def counted(own: Generator, ids: list[int], cache: Any, *more: Any) -> Any:
+        def counted(own: Generator, ids: Tensor, cache: Any, *more: Any) -> Any:
             self.read.append(len(ids) - cache.get_seq_length())
             return call(own, ids, cache, *more)
 
@@ -62,8 +64,9 @@ class Watched:
         model = load(Path(self.model.config._name_or_path))[0]
         model.generation_config = self.model.generation_config
         fresh = Generator(model, self.tokenizer)
-        before, self.whole = self.whole, list(prompt)
-        assert "".join(fresh.stream(self.whole, fresh.new_cache(), GREEDY)) == answer
+        before = self.whole
+        assert "".join(fresh.stream(torch.tensor(prompt), fresh.new_cache(), GREEDY)) == answer
+        self.whole = fresh.sequence.tolist()
         if self.tokenizer.chat_template != TRIMMED:  # all that was said before, to the last token
             assert prompt[: len(before)] == before
         if self.whole[-1] in self.tokenizer.all_special_ids:
@@ -76,7 +79,7 @@ def test_a_turn_reads_what_is_new(folder: Path, template: str | None, monkeypatc
     """However long the talk, and whatever tokens its answers were written in: a question costs its own tokens."""
     talk = Watched(folder, monkeypatch, template)
     longest = 0
-    for turn in range(3 * SNAPSHOTS):
+    for turn in range(6 * SNAPSHOTS):
         talk.ask(WORDS[turn % len(WORDS)])
         assert len(talk.read) == 1, "nothing was read again"
         longest = max(longest, talk.read[0]) if turn < len(WORDS) else longest
@@ -105,7 +108,7 @@ def asking(words: str, template: str | None) -> str:
 
 def test_a_past_that_is_written_anew_costs_one_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Watched(folder, monkeypatch, TRIMMED)
-    for turn in range(3 * SNAPSHOTS):
+    for turn in range(6 * SNAPSHOTS):
         talk.ask(WORDS[turn % len(WORDS)])
         assert sum(talk.read) < 80, "a turn and the one before it"
     assert talk.session.last["context"] > 4 * 80
