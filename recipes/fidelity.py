@@ -43,7 +43,8 @@ from linearize.modeling.modeling_linearized import attentions
 from linearize.pipeline import measured_documents
 
 SHORT, FROM, LONG, LONGEST = 1024, 3072, 4096, 8192
-RECALL = {"pass-key": (1024, 2048, 4096)} | dict.fromkeys(("s-niah-1", "s-niah-2", "s-niah-3", "multi-key"), (1024, 2048))
+NEEDLES = ("s-niah-1", "s-niah-2", "s-niah-3", "multi-key")
+RECALL = [("pass-key", n) for n in (1024, 2048, 4096)] + [(task, n) for task in NEEDLES for n in (1024, 2048)]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TARGETS = {"first": 1.03, "late": 1.04, "pass-key": 0.95, "s-niah-2": 0.85}
 Figures = dict[str, Any]
@@ -142,17 +143,17 @@ def measure_recall(
     tokenizer: Any,
     essays: Sequence[str],
     rivals: Collection[str],
+    wanted: Sequence[tuple[str, int]],
     window: int,
     samples: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Rows by task and length, over all depths; longer prompts than 1,024 tokens are for `rivals` alone."""
+    """Rows of the `wanted` tasks and lengths, over all depths; longer prompts than 1,024 tokens are for `rivals` alone."""
     rows = []
-    for task, lengths in RECALL.items():
-        for length in lengths:
-            grid = Grid((task,), (length,), DEPTHS, samples, seed)
-            asked = {v.name: v for v in variants if length <= SHORT or v.name in rivals}
-            rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"{task} {length:,}"))
+    for task, length in wanted:
+        grid = Grid((task,), (length,), DEPTHS, samples, seed)
+        asked = {v.name: v for v in variants if length <= SHORT or v.name in rivals}
+        rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"{task} {length:,}"))
     return by_length(rows)
 
 
@@ -278,6 +279,14 @@ def control(directory: Path, dtype: str, device: str, like: torch.dtype) -> Vari
     return Variant(directory.name, model)
 
 
+def tasks(told_: str) -> list[tuple[str, int]]:
+    """Tasks and lengths, as pass-key:4096,s-niah-2:2048."""
+    found = [(task, int(length)) for task, length in (part.split(":") for part in told_.split(","))]
+    if unknown := {task for task, _ in found} - {task for task, _ in RECALL}:
+        raise argparse.ArgumentTypeError(f"no such task: {', '.join(sorted(unknown))}")
+    return found
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=Path)
@@ -290,6 +299,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=30, help="further documents of which 1,024 tokens are read")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length, in fives: one at each depth")
     parser.add_argument("--parts", default="text,recall")
+    parser.add_argument("--tasks", type=tasks, default=RECALL, help="what is asked, as pass-key:4096,s-niah-2:2048 (default: all)")
     parser.add_argument(
         "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
     )
@@ -327,7 +337,8 @@ def main() -> None:
         essays = [doc for doc in docs if args.haystack in (None, kinds.get(doc))]
         asked = [*recalling(variants), *(v for v in variants if v.name in {d.name for d in args.controls})]
         window = max(a.linearize.spec.window for a in attentions(model))
-        recall = measure_recall(asked, tokenizer, essays, rivals, window, max(args.prompts // len(DEPTHS), 1), args.seed)
+        samples = max(args.prompts // len(DEPTHS), 1)
+        recall = measure_recall(asked, tokenizer, essays, rivals, args.tasks, window, samples, args.seed)
     names, far = [v.name for v in variants], chosen.which(LONGEST)
     found = {
         "student": str(args.student), "data": what, "names": names, "state_bytes": {v.name: v.state_bytes for v in variants},

@@ -55,10 +55,10 @@ def test_one_command_fills_the_table(
 ) -> None:
     for name, value in {"SHORT": 256, "FROM": 256, "LONG": 512, "LONGEST": 1024}.items():
         monkeypatch.setattr(recipe, name, value)
-    monkeypatch.setattr(recipe, "RECALL", {"pass-key": (256, 4096), "s-niah-2": (256,)})
     monkeypatch.setattr(recipe, "DEPTHS", (0.0, 1.0))
     folder = convert(str(write_model(tmp_path / "tiny")), output=tmp_path / "made", options={"window": 8}).path
     flags = ["--data", str(book), "--held-out", "50", "--prompts", "4", "--haystack", "sea", "-o", str(tmp_path / "out.json")]
+    flags += ["--tasks", "pass-key:256,pass-key:4096,s-niah-2:256"]
     monkeypatch.setattr(sys, "argv", ["fidelity.py", str(folder), str(folder), str(tmp_path / "tiny"), *flags])
     recipe.main()
     found, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
@@ -88,6 +88,16 @@ def test_one_command_fills_the_table(
     assert "| student, window off |" in said
     assert "| pass-key at 4,096, share of the answer |" in said
     assert f"{places['256-512']['rows']['student']['ratio']:.3f} [" in said
+
+
+@pytest.mark.parametrize("said", ["pass-key", "pass-key:far", "passkey:256"])
+def test_tasks_that_cannot_be_asked(
+    recipe: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "made", "--tasks", said])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main()
+    assert "argument --tasks" in capsys.readouterr().err
 
 
 def by_hand(found: dict[str, Any], folder: Path, held: list[str]) -> None:
