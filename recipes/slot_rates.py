@@ -16,8 +16,9 @@ from unittest.mock import patch
 import torch
 
 from linearize.conversion import budget_costs
-from linearize.conversion.budget import NARROW, STORED, WINDOW, Choice
+from linearize.conversion.budget import PLAIN, STORED, Choice
 from linearize.conversion.budget_costs import Rows, measure_costs
+from linearize.conversion.calibration import fit_scores
 from linearize.conversion.convert import attach, calibration_ids, load_source
 from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import resolve
@@ -25,15 +26,15 @@ from linearize.conversion.sources import resolve
 
 def measured(args: argparse.Namespace) -> Iterator[tuple[float, list[Choice]]]:
     """Costs of every layer at each rate, all on the same rows."""
-    source, options = resolve(args.model), {"window": WINDOW, "slots": args.slots, "slot_score": "learned", **STORED}
-    options["feature_dim"] = NARROW
+    source, options = resolve(args.model), {**PLAIN, **STORED, "slots": args.slots}
     plan = plan_for(source, "default", args.layers, options, "calibrated")
     loaded, tokenizer = load_source(source, torch.bfloat16, False)
     rows = Rows.of(calibration_ids(tokenizer, args.data, plan, args.held_out))
     model = attach(loaded.eval(), plan.config_field())
+    scores = fit_scores(model, rows.ids[rows.fitted], model.device, lambda *_, **__: None)
     for rate in map(float, args.rates.split(",")):
         with patch.object(budget_costs, "candidates", return_value=[("default", {**options, "slot_fade": rate})]):
-            yield rate, measure_costs(model, plan, rows, 0, lambda *_, **__: None)
+            yield rate, measure_costs(model, plan, rows, scores, 0, lambda *_, **__: None)
 
 
 def main() -> None:

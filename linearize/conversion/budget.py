@@ -21,6 +21,7 @@ SLOTS = (64, 128, 256, 512, 1024, 2048, 3072)  # of a kv head; a layer may give 
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
 SLOW, LASTING = 0.3, 1024  # a fade for layers that look up what was said long ago; the only one of heads with more slots than that
 MEMORIES = (64,)  # windows with such a memory and no slots
+PLAIN = {"window": WINDOW, "slot_score": "learned", "feature_dim": NARROW}  # slots and what is behind them
 STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
 
@@ -30,8 +31,7 @@ def candidates() -> list[tuple[str, Options]]:
     whose scores fade fast or slowly and a narrow memory of what these give up."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
-    plain = {"window": WINDOW, "slot_score": "learned", "feature_dim": NARROW}
-    kept = [{**plain, "slots": m} for m in SLOTS if m <= LASTING] + [{**plain, "slots": m, "slot_fade": SLOW} for m in SLOTS]
+    kept = [{**PLAIN, "slots": m} for m in SLOTS if m <= LASTING] + [{**PLAIN, "slots": m, "slot_fade": SLOW} for m in SLOTS]
     every = (*near, *far, *(("default", options) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]
 

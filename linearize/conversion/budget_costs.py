@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from linearize.conversion.budget import Choice, Options, candidates
-from linearize.conversion.calibration import start_mixer
+from linearize.conversion.calibration import Scores, start_mixer
 from linearize.conversion.plan import Plan, plan_for
-from linearize.conversion.streaming import asking
+from linearize.conversion.streaming import asking, started_rows
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import Place
 from linearize.modeling.attention import LinearizedAttention
@@ -78,26 +78,27 @@ class Weighed:
     moved: Tensor
 
 
-def measure_costs(model: Any, plan: Plan, rows: Rows, seed: int, progress: Progress) -> list[Choice]:
+def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int, progress: Progress) -> list[Choice]:
     """Every candidate in every layer of a model with the plan's mixers attached, which are not used; and those with slots in pairs,
-    one for some kv heads, the other for the rest."""
+    one for some kv heads, the other for the rest. `scores` are what slots go by."""
     gradients = output_gradients(model, rows, seed, progress)
     places = [(name, own, plans_of(plan, name, own)) for name, own in candidates()]
     found, done = list[Choice](), list[int]()
+    begin = slice(started_rows(plan.mixers, rows.ids.shape[1]))
+    ids, measured = torch.cat([rows.ids[rows.fitted][begin], rows.ids[rows.measured]]), slice(-rows.asked - rows.text, None)
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         layer, every = attention.linearize_index, Calibration(inputs, target)
-        kept: dict[str, Tensor] = {}
         weighed: list[Weighed] = []
         for name, own, parts in places:
-            mixer = started(parts[layer], plan, every.part(rows.fitted), kept, seed)
-            weighed.append(Weighed(name, own, mixer.spec, moved(mixer, every.part(rows.measured), gradients[layer])))
+            mixer = started(parts[layer], plan, every.part(begin), scores.get(layer), seed)
+            weighed.append(Weighed(name, own, mixer.spec, moved(mixer, every.part(measured), gradients[layer])))
         found.extend(choices(layer, weighed, plan.shape, rows))
         done.append(layer)
         progress("weigh", len(done), len(plan.parts))
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), observed(model, observe), mode(model, "observe"):
-        model(rows.ids.to(model.device), logits_to_keep=1)
+        model(ids.to(model.device), logits_to_keep=1)
     return found
 
 
@@ -107,14 +108,12 @@ def plans_of(plan: Plan, method: str, options: Options) -> Mapping[int, Place]:
     return plan_for(plan.source, method, layers, options, plan.start).parts
 
 
-def started(place: Place, plan: Plan, fitted: Calibration, kept: dict[str, Tensor], seed: int) -> Mixer:
-    """A mixer as conversion would start it; a learnt score is fitted once a layer and `kept`."""
+def started(place: Place, plan: Plan, fitted: Calibration, score: Mapping[str, Tensor] | None, seed: int) -> Mixer:
+    """A mixer as conversion would start it."""
     torch.manual_seed(seed)
     with torch.device(fitted.target.device):
         mixer = Mixer(place.mixer, plan.shape).eval()
-    start_mixer(mixer, place.method, fitted, kept)
-    if mixer.slot_score is not None:
-        kept.update(mixer.slot_score.state_dict())
+    start_mixer(mixer, place.method, fitted, score)
     return mixer
 
 

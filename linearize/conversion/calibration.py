@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.plan import Plan
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SCORE_LENGTH
+from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SCORE_LENGTH, started_rows
 from linearize.methods.base import Method
 from linearize.methods.calibration import Calibration, relative_error
-from linearize.methods.slot_fit import fit_slot_score, set_rates
+from linearize.methods.slot_fit import ScoreFit, set_rates
 from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import mode, observed
 from linearize.progress import Progress
 
 SEEDS = 2**62
+Scores = Mapping[int, Mapping[str, Tensor]]  # by layer, what its slot score's parameters are
 
 
 def few_logits(model: nn.Module) -> dict[str, int]:
@@ -26,17 +27,32 @@ def few_logits(model: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping[str, Tensor] | None = None) -> Calibration:
-    """Fit the score by which slots are given away on all rows, unless there is one (which fades as the spec says), and start the
-    memory on some: these come back.
+def fit_scores(model: nn.Module, ids: Tensor, device: torch.device, progress: Progress) -> Scores:
+    """By layer, the score by which slots are given away where it is learnt, fitted to what the teacher does on rows (B, T).
 
-    They are the beginnings of the first rows or, behind slots whose score is learnt, 4,096 tokens of whole rows: of the first
-    thousand few would get into the memory.
+    A row at a time: only sums over the rows are held.
     """
-    if mixer.slot_score is not None and score:
+    fits: dict[int, ScoreFit] = {}
+
+    def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
+        planned, layer = attention.linearize, attention.linearize_index
+        if planned.spec.scores_learned:
+            fits.setdefault(layer, ScoreFit(planned.spec, planned.shape)).add(Calibration(inputs, target))
+
+    with torch.no_grad(), observed(model, observe), mode(model, "observe"):
+        for i, row in enumerate(ids):
+            model(row[None].to(device), **few_logits(model))
+            progress("fit slot scores", i + 1, len(ids))
+    return {layer: fit.solved().state_dict() for layer, fit in fits.items()}
+
+
+def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping[str, Tensor] | None = None) -> Calibration:
+    """Give it its slot score, if that is learnt, which fades as the spec says, and start the memory on some rows: these come back.
+
+    They are the beginnings of the first rows or, behind slots whose score is learnt, 4,096 tokens of whole rows.
+    """
+    if mixer.slot_score is not None and score is not None:
         mixer.slot_score.load_state_dict(score)
-    else:
-        fit_slot_score(mixer, every)
     set_rates(mixer)
     if mixer.spec.scores_learned:
         some = every.part(slice(max(SCORE_LENGTH // every.target.shape[1], 1)))
@@ -49,22 +65,27 @@ def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping
 
 def start_mixers(
     model: nn.Module, plan: Plan, ids: Tensor, seed: int, device: torch.device, progress: Progress,
-    after: Callable[[LinearizedAttention], None] = lambda attention: None,
+    after: Callable[[LinearizedAttention], None] = lambda attention: None, scores: Scores | None = None,
 ) -> list[float]:  # fmt: skip
     """Run the teacher over ids (B, T); each layer's mixer is built and started as its inputs pass, then handed to `after`.
 
-    What a start draws depends on the seed and the layer alone. Returns each layer's relative error.
+    Learnt slot scores are fitted first, unless they are given. What a start draws depends on the seed and the layer alone.
+    Returns each layer's relative error.
     """
     seeds = torch.randint(SEEDS, (plan.total,), generator=torch.Generator().manual_seed(seed)).tolist()
     errors: list[float] = []
+    if scores is None:
+        learned = any(mixer.scores_learned for mixer in plan.mixers)
+        scores = fit_scores(model, ids, device, progress) if learned else {}
+    ids = ids[: started_rows(plan.mixers, ids.shape[1])]
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        every, planned = Calibration(inputs, target), attention.linearize
-        torch.manual_seed(seeds[attention.linearize_index])
+        every, planned, layer = Calibration(inputs, target), attention.linearize, attention.linearize_index
+        torch.manual_seed(seeds[layer])
         with torch.device(device):
             mixer = attention.linearize = Mixer(planned.spec, planned.shape)
         mixer.eval()
-        calibration = start_mixer(mixer, plan.parts[attention.linearize_index].method, every)
+        calibration = start_mixer(mixer, plan.parts[layer].method, every, scores.get(layer))
         output, _ = mixer(calibration.inputs)
         errors.append(float(relative_error(output, calibration.target).mean()))
         progress("calibrate", len(errors), len(plan.parts), relative_error=round(errors[-1], 4))

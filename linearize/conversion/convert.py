@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from linearize import text
 from linearize.checkpoint import check_space, check_target
-from linearize.conversion.budget import SLOTS, Frontier, Layout
+from linearize.conversion.budget import PLAIN, SLOTS, STORED, Frontier, Layout
 from linearize.conversion.budget_costs import Rows, measure_costs
-from linearize.conversion.calibration import start_mixers
+from linearize.conversion.calibration import Scores, fit_scores, start_mixers
 from linearize.conversion.detection import auto_class
 from linearize.conversion.offload import ON_DISK, Shards, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
@@ -145,8 +145,11 @@ def convert_model(
     return new
 
 
-def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: int, progress: Progress) -> tuple[Any, list[float]]:
-    """Attach the plan's mixers to the model and start them on ids (B, T); returns it and each layer's relative error."""
+def convert_in_memory(
+    model: nn.Module, plan: Plan, ids: Tensor | None, seed: int, progress: Progress, scores: Scores | None = None
+) -> tuple[Any, list[float]]:
+    """Attach the plan's mixers to the model and start them on ids (B, T), with slot scores of their own unless they are given;
+    returns it and each layer's relative error."""
     training = model.training
     if ids is None:
         with torch.random.fork_rng(devices=[]):
@@ -155,12 +158,19 @@ def convert_in_memory(model: nn.Module, plan: Plan, ids: Tensor | None, seed: in
     ids = ids[:, : plan.max_positions]
     new = attach(model.eval(), plan.config_field(), torch.device("meta"))
     device = next(model.parameters()).device
-    errors = start_mixers(new, plan, ids, seed, device, progress)
+    errors = start_mixers(new, plan, ids, seed, device, progress, scores=scores)
     return new.train(training), errors
 
 
 def convert_on_disk(
-    model: nn.Module, shards: Shards, plan: Plan, ids: Tensor, seed: int, progress: Progress, device: torch.device
+    model: nn.Module,
+    shards: Shards,
+    plan: Plan,
+    ids: Tensor,
+    seed: int,
+    progress: Progress,
+    device: torch.device,
+    scores: Scores | None = None,
 ) -> tuple[Any, list[float]]:
     """`convert_in_memory` for a model whose weights are in `shards`, where started mixers go too."""
     new = attach(model.eval(), plan.config_field(), torch.device("meta"))
@@ -171,7 +181,7 @@ def convert_on_disk(
         module = plan.architecture.attention.format(attention.linearize_index)
         spill(attention.linearize, shards, device, f"{module}.linearize")
 
-    errors = start_mixers(new, plan, ids, seed, device, progress, after)
+    errors = start_mixers(new, plan, ids, seed, device, progress, after, scores)
     new.tie_weights()  # hooks part what was one parameter
     total, done = len(dict(new.named_parameters())), count(1)
     shards.told = lambda: progress("save", next(done), total)
@@ -248,8 +258,9 @@ def convert(
     check_target(target, overwrite, source.path)
     on = pick_device(device)
     as_stored, costs, shown = pick_dtype(dtype, source.stored_dtype, on), dict[int, float](), list[Layout]()
+    scores: Scores | None = None
     if state_budget is not None:
-        frontier = measure_frontier(source, layers, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
+        frontier, scores = measure_frontier(source, layers, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
         found, shown = frontier.within(state_budget), frontier.shown(state_budget)
         plan = plan_for(source, found.method, layers, found.options, start)
     if plan.keeps:
@@ -263,9 +274,9 @@ def convert(
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
         ids = calibration_ids(tokenizer, calibration, plan, held_out)
         if shards is None:
-            new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress)
+            new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress, scores)
         else:
-            new, errors = convert_on_disk(loaded, shards, plan, ids, seed, progress, on)
+            new, errors = convert_on_disk(loaded, shards, plan, ids, seed, progress, on, scores)
         progress("save", 0, 1)
         save(new, tokenizer, target, overwrite=overwrite, recipe={"swap_costs": costs} if costs else None)
         progress("save", 1, 1)
@@ -275,12 +286,13 @@ def convert(
 def measure_frontier(
     source: Source, layers: str | None, dtype: torch.dtype, device: torch.device, calibration: Path | None, held_out: int | None,
     seed: int, trusted: bool, progress: Progress,
-) -> Frontier:  # fmt: skip
-    """The best layouts of any state size, out of `budget.candidates`, by what each costs each layer on the calibration text.
+) -> tuple[Frontier, Scores]:  # fmt: skip
+    """The best layouts of any state size, out of `budget.candidates`, by what each costs each layer on the calibration text; and
+    the slot scores that were fitted for all of them.
 
     The whole model is in memory. UnsupportedError for an encoder, which keeps no state.
     """
-    plan = plan_for(source, "window", layers, {"slots": SLOTS[0], "slot_score": "learned"}, STARTS[0])
+    plan = plan_for(source, DEFAULT, layers, {**PLAIN, **STORED, "slots": SLOTS[0]}, STARTS[0])
     if not plan.architecture.causal:
         raise UnsupportedError("an encoder keeps no state from call to call", source.id, "leave out --state-budget")
     if plan.keeps:
@@ -292,7 +304,9 @@ def measure_frontier(
     progress("load", 1, 1)
     ids = calibration_ids(tokenizer, calibration, plan, held_out)
     model = attach(loaded.to(device).eval(), plan.config_field())
-    return Frontier(measure_costs(model, plan, Rows.of(ids), seed, progress))
+    rows = Rows.of(ids)
+    scores = fit_scores(model, rows.ids[rows.fitted], device, progress)
+    return Frontier(measure_costs(model, plan, rows, scores, seed, progress)), scores
 
 
 def measure_swaps(

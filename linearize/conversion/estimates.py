@@ -16,6 +16,7 @@ from linearize.conversion.streaming import (
     calibration_shape,
     expert_width,
     tensor_sizes,
+    tokens_at_once,
 )
 from linearize.methods.layout import stages_of
 
@@ -59,7 +60,8 @@ def estimate(plan: Plan, dtype: str = "auto", device: str = "auto", rate: float 
     if plan.keeps:  # the model runs as it is, then with each layer swapped
         tokens = {RANK: CALIBRATION_ROWS * RANKED_LENGTH * (len(plan.parts) + 1)} | tokens
     seconds = {kind: count * COSTS[kind] * forward_flops(plan, kind in WITH_LOGITS) / rate for kind, count in tokens.items()}
-    held = weights + added + activation_bytes(plan.shape, plan.architecture.mlp_width(plan.source.config), start)
+    mlp = plan.architecture.mlp_width(plan.source.config)
+    held = weights + added + activation_bytes(plan.shape, mlp, tokens_at_once(plan.mixers))
     unpacked = 2 * weights if plan.source.format == "gguf" else 0  # all of its tensors, then the model's
     peak = plan.route.peak_bytes or max(held, unpacked)
     name = str(stored).removeprefix("torch.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any
 
 from linearize import __version__
@@ -12,7 +11,7 @@ from linearize.conversion.architectures import Architecture
 from linearize.conversion.detection import architecture, recognised
 from linearize.conversion.selection import kept_count, select_layers
 from linearize.conversion.sources import Source, resolve
-from linearize.conversion.streaming import Route, calibration_shape, route
+from linearize.conversion.streaming import Route, route, tokens_at_once
 from linearize.errors import InputError, UnsupportedError
 from linearize.methods import DEFAULT, get, single_names
 from linearize.methods.layout import Place, check_options, layout
@@ -44,7 +43,7 @@ class Plan:
         """How the weights get to the checkpoint, and what memory that takes."""
         if self.keeps:
             return Route(False, "keep:auto measures the whole model", None)
-        return route(self.source, self.architecture, prod(calibration_shape(self.mixers)))
+        return route(self.source, self.architecture, tokens_at_once(self.mixers))
 
     @property
     def parameters_added(self) -> int:

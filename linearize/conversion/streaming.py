@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,12 +13,13 @@ from linearize.conversion.sources import Source
 from linearize.modeling.spec import MixerSpec, Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
-SCORE_ROWS, SCORE_LENGTH = 4, 4096  # more and longer ones where slots go by a learnt score, which must know long texts
+SCORE_ROWS, SCORE_LENGTH = 24, 4096  # more and longer ones where slots go by a learnt score, which must know long texts
+FEWEST_ROWS = 4  # of such a length, or shorter ones must do
 MOST_ROWS = 30  # of them, however short
 RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
-ROW_BLOCK = 256  # queries whose scores a start looks at in one go
+ROW_BLOCK = 128  # queries whose scores a start looks at in one go
 MLP_MATRICES = 3
 SCORE_BLOCKS, HEAD_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 24, 8, 3
 
@@ -67,16 +68,31 @@ def expert_width(config: Mapping[str, Any], family: Architecture) -> int:
 def calibration_shape(mixers: Iterable[MixerSpec], documents: Sequence[int] = (SCORE_LENGTH,) * SCORE_ROWS) -> tuple[int, int]:
     """Rows and their length that these mixers ask for, of documents of so many tokens.
 
-    A learnt score takes the longest rows, up to 4,096 tokens, of which the documents hold enough, and as many tokens in all.
+    A learnt score takes the longest rows, up to 4,096 tokens, of which the documents hold enough, and of these what they hold.
     """
     longest = max(max(documents), 2)
     if not any(mixer.scores_learned for mixer in mixers):
         return CALIBRATION_ROWS, min(CALIBRATION_LENGTH, longest)
     for length in (SCORE_LENGTH, SCORE_LENGTH // 2, min(SCORE_LENGTH // 4, longest)):
-        count = CALIBRATION_ROWS + min(SCORE_ROWS * SCORE_LENGTH // length, MOST_ROWS)
-        if sum(size // length for size in documents) >= count - asking(count):
+        fewest, most = (CALIBRATION_ROWS + min(n * SCORE_LENGTH // length, MOST_ROWS) for n in (FEWEST_ROWS, SCORE_ROWS))
+        there = sum(size // length for size in documents)
+        if there >= fewest - asking(fewest):
             break
-    return count, length
+    return max(fewest, min(most, 2 * there - CALIBRATION_ROWS)), length
+
+
+def started_rows(mixers: Iterable[MixerSpec], length: int) -> int:
+    """How many of the first rows of that length are seen at once, when the layers' mixers are started.
+
+    A memory behind slots whose score is learnt needs 4,096 tokens of whole rows: of the first thousand few would get into it.
+    """
+    return max([CALIBRATION_ROWS, *(SCORE_LENGTH // length for mixer in mixers if mixer.scores_learned)])
+
+
+def tokens_at_once(mixers: Collection[MixerSpec]) -> int:
+    """Of these rows."""
+    length = calibration_shape(mixers)[1]
+    return started_rows(mixers, length) * length
 
 
 def asking(rows: int) -> int:

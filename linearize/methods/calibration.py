@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.modeling.mixer import Inputs
 
-ROW_BLOCK = 256
+ROW_BLOCK = 128  # queries whose scores are looked at in one go
 ROWS = ("q", "k", "v", "hidden", "mask", "segments", "cos", "sin", "raw_q", "raw_k")  # inputs with a first dimension of rows
 
 
@@ -25,7 +25,8 @@ class Calibration:
     def part(self, rows: slice) -> Calibration:
         """Some of the rows alone."""
         every = {name: getattr(self.inputs, name) for name in ROWS}
-        cut = {name: x[rows] for name, x in every.items() if x is not None}
+        shared = {name: x for name, x in every.items() if x is not None and len(x) < len(self.target)}  # one for all rows
+        cut = {name: x[rows] for name, x in every.items() if x is not None} | shared
         return Calibration(replace(self.inputs, **cut), self.target[rows])
 
     def first(self, tokens: int) -> Calibration:

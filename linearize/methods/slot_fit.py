@@ -7,38 +7,59 @@ from torch import Tensor
 
 from linearize.methods.calibration import Calibration
 from linearize.modeling.mixer import Mixer
-from linearize.modeling.slot_scores import log_attention
+from linearize.modeling.slot_scores import SlotScore, log_attention
+from linearize.modeling.spec import MixerSpec, Shape
 
 RIDGE = 1e-3
+OWN = 2  # columns of the attention that a token got
 FADE_TOKENS = 1024  # in which a score falls behind by its `slot_fade`
 
 
-def fit_slot_score(mixer: Mixer, calibration: Calibration) -> None:
+class ScoreFit:
     """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
     that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. The rate at which a score
     fades is not fitted, see `set_rates`: the one of the least output error forgets too fast.
 
-    Only tokens that leave the window early enough to be looked at for as long again are counted; rows shorter than that leave
-    the score as it is.
+    Rows are added in any parts: only sums are kept. Only tokens that leave the window early enough to be looked at for as long
+    again are counted; where no row is that long, the score stays as it is.
     """
-    learned, hidden, spec = mixer.slot_score, calibration.inputs.hidden, mixer.spec
-    if learned is None or hidden is None:
-        return
-    time = hidden.shape[1]
-    counted = slice(spec.sinks, time - 2 * spec.recent)
-    if counted.stop - counted.start < 1:
-        return
-    got, wanted = attention_inside_and_beyond(mixer, calibration)
-    x = hidden[:, counted].flatten(0, 1).float()
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=-1)
-    gram = (x.T @ x).double()
-    for head in range(mixer.shape.kv_heads):
-        own = log_attention(got[:, head, counted].flatten())
-        target = log_attention(wanted[:, head, counted].flatten())[:, 0]
-        weight = ridge(x, gram, own, target)
-        learned.up.data[head], learned.attention.data[head] = weight[: x.shape[1] - 1], weight[x.shape[1] :]
+
+    def __init__(self, spec: MixerSpec, shape: Shape) -> None:
+        self.spec, self.shape = spec, shape
+        size = shape.hidden_size + 1 + OWN
+        self.left = torch.zeros(shape.kv_heads, size, size, dtype=torch.float64)  # X^T X and X^T y of columns X
+        self.right = torch.zeros(shape.kv_heads, size, dtype=torch.float64)
+
+    def add(self, calibration: Calibration) -> None:
+        """Take in what the teacher does on these rows."""
+        hidden, spec = calibration.inputs.hidden, self.spec
+        counted = slice(spec.sinks, calibration.target.shape[1] - 2 * spec.recent)
+        if hidden is None or counted.stop - counted.start < 1:
+            return
+        got, wanted = attention_inside_and_beyond(spec, self.shape.kv_heads, calibration)
+        x = hidden[:, counted].flatten(0, 1).float()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=-1)
+        gram, cut = (x.T @ x).double(), x.shape[1]
+        for head in range(self.shape.kv_heads):
+            own = log_attention(got[:, head, counted].flatten()).to(x)
+            target = log_attention(wanted[:, head, counted].flatten())[:, 0].to(x)
+            across = (x.T @ own).double()
+            whole = torch.cat([torch.cat([gram, across], 1), torch.cat([across.T, (own.T @ own).double()], 1)])
+            self.left[head] += whole.to(self.left)
+            self.right[head, :cut] += (x.T @ target).to(self.right)
+            self.right[head, cut:] += (own.T @ target).to(self.right)
+
+    def solved(self) -> SlotScore:
+        """The score of the rows so far."""
+        learned = SlotScore(self.shape)
         assert learned.bias is not None
-        learned.bias.data[head] = weight[x.shape[1] - 1]
+        for head, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+            if bool(left.any()):
+                size = RIDGE * left.diagonal().mean() * torch.eye(len(left), dtype=left.dtype)
+                weight = torch.linalg.solve(left + size, right).to(learned.up)
+                learned.up.data[head], learned.attention.data[head] = weight[: -OWN - 1], weight[-OWN:]
+                learned.bias.data[head] = weight[-OWN - 1]
+        return learned
 
 
 def set_rates(mixer: Mixer) -> None:
@@ -48,20 +69,10 @@ def set_rates(mixer: Mixer) -> None:
         mixer.slot_score.rate.data.copy_(torch.tensor(fades) / FADE_TOKENS)
 
 
-def ridge(x: Tensor, gram: Tensor, own: Tensor, target: Tensor) -> Tensor:
-    """Weights (C + 2,) of columns x (N, C), whose gram matrix is known, and own (N, 2) against target (N,)."""
-    across = (x.T @ own).double()
-    whole = torch.cat([torch.cat([gram, across], 1), torch.cat([across.T, (own.T @ own).double()], 1)])
-    size = RIDGE * whole.diagonal().mean() * torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
-    right = torch.cat([x.T @ target, own.T @ target]).double()
-    solution: Tensor = torch.linalg.solve(whole + size, right)
-    return solution.to(x.dtype)
-
-
-def attention_inside_and_beyond(mixer: Mixer, calibration: Calibration) -> tuple[Tensor, Tensor]:
+def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calibration) -> tuple[Tensor, Tensor]:
     """The largest attention of a query that each token gets from more than an eighth of the window away while it is in the window,
     of what sinks and window then share out; and from beyond the window, of the teacher's own: each (B, G, T)."""
-    spec, groups, q = mixer.spec, mixer.shape.kv_heads, calibration.inputs.q
+    q = calibration.inputs.q
     inside, beyond = (torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device) for _ in range(2))  # logarithms
     places = torch.arange(q.shape[2], device=q.device)
     first = places - spec.window + 1 if spec.block == 1 else (places // spec.window - 1) * spec.window  # in a query's window

@@ -14,7 +14,7 @@ from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion import budget as layouts
 from linearize.conversion import budget_costs
-from linearize.conversion.budget import STORED, Choice, Frontier, Layout, Options, candidates
+from linearize.conversion.budget import PLAIN, STORED, Choice, Frontier, Layout, Options, candidates
 from linearize.conversion.budget_costs import (
     ASKED_TOKENS,
     Rows,
@@ -29,6 +29,7 @@ from linearize.conversion.budget_costs import (
     plans_of,
     started,
 )
+from linearize.conversion.calibration import fit_scores
 from linearize.conversion.convert import attach
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import alone
@@ -110,7 +111,7 @@ def searched(length: int) -> tuple[Plan, Any, Rows]:
     torch.manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, length))
     source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
-    plan = plan_for(source, "window", None, {"window": 64, "slots": 64, "slot_score": "learned"}, "calibrated")
+    plan = plan_for(source, "default", None, {**PLAIN, **STORED, "slots": 64}, "calibrated")
     return plan, attach(base.eval(), plan.config_field()), Rows.of(ids)
 
 
@@ -118,7 +119,8 @@ def searched(length: int) -> tuple[Plan, Any, Rows]:
 def test_costs_tell_what_a_swap_does() -> None:
     """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
     plan, model, rows = searched(96)
-    found = measure_costs(model, plan, rows, 0, lambda *_, **__: None)
+    scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
+    found = measure_costs(model, plan, rows, scores, 0, lambda *_, **__: None)
     alike = [c for c in found if "more_slots" not in c.options]
     assert len(alike) == len(candidates()) * len(plan.parts)
     told = {(c.layer, c.options["window"]): c.kl for c in found if c.method == "window" and not c.options["slots"]}
@@ -139,8 +141,8 @@ def test_costs_tell_what_a_swap_does() -> None:
 def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
     """Whatever number of slots the other heads have: the choice's cost is that of the mixer with its options, on the same rows."""
     plan, model, rows = searched(160)
-    kept: dict[str, torch.Tensor] = {}
     gradients = output_gradients(model, rows, 0, silent)
+    scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
     pairs: list[tuple[Any, Any]] = []
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: torch.Tensor) -> None:
@@ -149,7 +151,7 @@ def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
         every = Calibration(inputs, target)
 
         def weighed(options: Options) -> Weighed:
-            mixer = started(plans_of(plan, "default", options)[0], plan, every.part(rows.fitted), kept, 0)
+            mixer = started(plans_of(plan, "default", options)[0], plan, every.part(rows.fitted), scores[0], 0)
             return Weighed("default", options, mixer.spec, moved(mixer, every.part(rows.measured), gradients[0]))
 
         near = {"window": 16, "slot_score": "learned", "feature_dim": 8, **STORED}
@@ -198,7 +200,7 @@ def test_rows_that_ask_count_by_log_odds_at_their_end_and_text_by_log_p(monkeypa
 
 
 def test_rows_are_fitted_or_measured() -> None:
-    for count, length, text, measured in ((6, 4096, 2, 2), (10, 2048, 3, 4), (18, 1024, 5, 8)):
+    for count, length, text, measured in ((6, 4096, 2, 2), (26, 4096, 2, 2), (10, 2048, 3, 4), (18, 1024, 5, 8)):
         ids = torch.arange(count)[:, None].expand(-1, length)
         rows = Rows.of(ids)
         asked = asking(count)

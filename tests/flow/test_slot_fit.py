@@ -9,18 +9,25 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cli.tiny import TEXT, write_model
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from linearize.conversion.calibration import start_mixer
 from linearize.conversion.convert import calibration_ids, convert
 from linearize.conversion.plan import make_plan
-from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, SCORE_LENGTH, SCORE_ROWS, asking, calibration_shape
+from linearize.conversion.streaming import (
+    CALIBRATION_ROWS,
+    FEWEST_ROWS,
+    MOST_ROWS,
+    SCORE_LENGTH,
+    SCORE_ROWS,
+    asking,
+    calibration_shape,
+)
 from linearize.loading import load
 from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
 from linearize.methods.default import Default
-from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, attention_inside_and_beyond, fit_slot_score, set_rates
+from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, ScoreFit, attention_inside_and_beyond, set_rates
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
 from linearize.modeling.spec import MixerSpec
@@ -56,7 +63,7 @@ def by_loops(given: Calibration, spec: MixerSpec, row: int, head: int, token: in
 def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrations, "ROW_BLOCK", block)
     given, spec = calibration(), replace(SPEC, window_kind=kind)
-    inside, beyond = attention_inside_and_beyond(random_mixer(spec), given)
+    inside, beyond = attention_inside_and_beyond(spec, 2, given)
     for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1), (0, 1, 8)):
         expected = by_loops(given, spec, row, head, token)
         assert (float(inside[row, head, token]), float(beyond[row, head, token])) == pytest.approx(expected, abs=1e-6)
@@ -65,10 +72,12 @@ def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypat
 @pytest.mark.parametrize("fade", [0.0, 0.75])
 def test_the_fit_is_the_least_squares_one(fade: float) -> None:
     spec = replace(SPEC, slot_fade=fade, more_slots=2, more_heads=(1,), more_fade=2 * fade)
-    mixer, given = random_mixer(spec, dtype=torch.float32), calibration()
-    fit_slot_score(mixer, given)
+    mixer, given, fit = random_mixer(spec, dtype=torch.float32), calibration(), ScoreFit(spec, tiny_shape())
+    for row in range(3):  # in parts it is the fit of all
+        fit.add(given.part(slice(row, row + 1)))
+    mixer.slot_score = fit.solved()
     set_rates(mixer)
-    got, wanted = attention_inside_and_beyond(mixer, given)
+    got, wanted = attention_inside_and_beyond(spec, 2, given)
     counted = slice(SPEC.sinks, TIME - 2 * SPEC.window)
     assert given.inputs.hidden is not None
     hidden = given.inputs.hidden[:, counted].flatten(0, 1).double()
@@ -85,12 +94,12 @@ def test_the_fit_is_the_least_squares_one(fade: float) -> None:
         assert float(learned.rate[head].detach()) == pytest.approx((1 + head) * fade / FADE_TOKENS)
 
 
-def test_short_rows_leave_the_score_as_it_is() -> None:
-    mixer = random_mixer(SPEC, dtype=torch.float32)
-    before: Tensor = mixer.slot_score.up.clone()  # type: ignore[union-attr]
-    inputs = random_inputs(tiny_shape(), 8, 1, torch.float32)
-    fit_slot_score(mixer, Calibration(inputs, torch.zeros(1, 8, 4, 8)))
-    assert torch.equal(mixer.slot_score.up, before)  # type: ignore[union-attr]
+def test_rows_that_are_too_short_leave_the_attention_that_a_token_got() -> None:
+    inputs, fit = random_inputs(tiny_shape(), 8, 1, torch.float32), ScoreFit(SPEC, tiny_shape())
+    fit.add(Calibration(inputs, torch.zeros(1, 8, 4, 8)))
+    learned = fit.solved()
+    assert not learned.up.any()
+    assert learned.attention.tolist() == [[1.0, 0.0]] * 2
 
 
 def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
@@ -156,7 +165,7 @@ def test_rows_are_as_long_as_the_text_has_enough_of_them(documents: list[int]) -
     assert there >= count - asking(count) or length <= 1024
     longer = 2 * length
     if longer in (SCORE_LENGTH, SCORE_LENGTH // 2):
-        assert sum(size // longer for size in documents) < CALIBRATION_ROWS + SCORE_ROWS * SCORE_LENGTH // longer // 2
+        assert sum(size // longer for size in documents) < CALIBRATION_ROWS + FEWEST_ROWS * SCORE_LENGTH // longer // 2
 
 
 def test_a_rate_forgets_what_is_old() -> None:
