@@ -22,8 +22,8 @@ SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {
     "tokens": (1, 1e15), "lr": (1e-9, 10), "mixer_lr": (0, 10), "rank": (1, 4096), "dropout": (0, 0.9), "temperature": (0.01, 100),
-    "far_weight": (0.01, 1000), "window_min": (0, 1e9), "window_dropout": (0, 0.9), "sequence": (0, 1e9), "batch": (1, 1e6),
-    "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
+    "far_weight": (0.01, 1000), "window_min": (0, 1e9), "window_dropout": (0, 0.9), "slot_share": (0.001, 1),
+    "sequence": (0, 1e9), "batch": (1, 1e6), "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
 }  # fmt: skip
 
 

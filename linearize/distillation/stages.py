@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +61,24 @@ def drawn_window(stage: Stage, window: int) -> int:
 
 @contextmanager
 def narrowed(mixers: list[Mixer], stage: Stage) -> Iterator[None]:
-    """Mixers with a drawn window, the same for all of one size, so that the memory behind it is used."""
-    kept = [mixer.spec for mixer in mixers]
-    drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec in kept})}
+    """Mixers with a drawn window, the same for all of one size, and a share of their slots, so that the memory behind is used.
+
+    With a share s of the slots, and scores that fade 1 / s times as fast, a row of T tokens loses what one of T / s would.
+    """
+    kept = [(mixer.spec, None if mixer.slot_score is None else mixer.slot_score.rate.detach().clone()) for mixer in mixers]
+    drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec, _ in kept})}
     try:
-        for mixer, spec in zip(mixers, kept, strict=True):
-            mixer.spec = replace(spec, window=drawn[spec.window])
+        for mixer, (spec, rate) in zip(mixers, kept, strict=True):
+            slots, more = (ceil(stage.slot_share * n) for n in (spec.slots, spec.more_slots))
+            mixer.spec = replace(spec, window=drawn[spec.window], slots=slots, more_slots=more)
+            if mixer.slot_score is not None and rate is not None:
+                mixer.slot_score.rate.data = rate / stage.slot_share
         yield
     finally:
-        for mixer, spec in zip(mixers, kept, strict=True):
+        for mixer, (spec, rate) in zip(mixers, kept, strict=True):
             mixer.spec = spec
+            if mixer.slot_score is not None and rate is not None:
+                mixer.slot_score.rate.data = rate
 
 
 def token_weight(stage: Stage, specs: Iterable[MixerSpec], positions: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import Shape
 from linearize.modeling.window import Scores
 from linearize.testing.families import tiny_family
-from linearize.testing.models import randomise
+from linearize.testing.models import random_inputs, random_mixer, randomise, tiny_shape
 
 TIME, WINDOW, SINKS = 40, 6, 2
 STAGE = Stage("attention", 1000, 1e-2)
@@ -183,6 +183,25 @@ def test_a_narrowed_mixer_is_one_of_that_window(kind: str, slots: int) -> None:
         assert torch.equal(found, small(inputs)[0])
     assert mixer.spec.window == WINDOW
     assert seen == {1, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("score", ["learned", "attention"])
+def test_a_share_of_the_slots_is_a_mixer_with_fewer_whose_scores_fade_faster(score: str) -> None:
+    spec = replace(make("default").point(), window=4, sinks=2, slots=5, slot_score=score, more_slots=4, more_heads=(1,))
+    mixer, inputs = random_mixer(spec), random_inputs(tiny_shape(), 40, 2)
+    small = random_mixer(replace(spec, slots=3, more_slots=2))
+    for one in (mixer, small):
+        if one.slot_score is not None:
+            one.slot_score.rate.data.fill_(0.1)
+    small.load_state_dict(mixer.state_dict())
+    if small.slot_score is not None:
+        small.slot_score.rate.data *= 2
+    with torch.no_grad():
+        before = mixer(inputs)[0]
+        with narrowed([mixer], replace(STAGE, slot_share=0.5)):
+            assert torch.equal(mixer(inputs)[0], small(inputs)[0])
+        assert not torch.equal(before, small(inputs)[0])
+        assert torch.equal(mixer(inputs)[0], before)
 
 
 def test_far_weight_is_of_tokens_beyond_the_window() -> None:
