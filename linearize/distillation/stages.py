@@ -65,20 +65,22 @@ def narrowed(mixers: list[Mixer], stage: Stage) -> Iterator[None]:
 
     With a share s of the slots, and scores that fade 1 / s times as fast, a row of T tokens loses what one of T / s would.
     """
-    kept = [(mixer.spec, None if mixer.slot_score is None else mixer.slot_score.rate.detach().clone()) for mixer in mixers]
-    drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec, _ in kept})}
+    kept, share = [mixer.spec for mixer in mixers], stage.slot_share
+    drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec in kept})}
+    rates = [mixer.slot_score.rate for mixer in mixers if mixer.slot_score is not None and share < 1]
+    before = [rate.detach().clone() for rate in rates]
     try:
-        for mixer, (spec, rate) in zip(mixers, kept, strict=True):
-            slots, more = (ceil(stage.slot_share * n) for n in (spec.slots, spec.more_slots))
+        for mixer, spec in zip(mixers, kept, strict=True):
+            slots, more = ceil(share * spec.slots), ceil(share * spec.more_slots)
             mixer.spec = replace(spec, window=drawn[spec.window], slots=slots, more_slots=more)
-            if mixer.slot_score is not None and rate is not None:
-                mixer.slot_score.rate.data = rate / stage.slot_share
+        for rate in rates:  # in place: where parameters are sharded, others hold their storage
+            rate.detach().div_(share)
         yield
     finally:
-        for mixer, (spec, rate) in zip(mixers, kept, strict=True):
+        for mixer, spec in zip(mixers, kept, strict=True):
             mixer.spec = spec
-            if mixer.slot_score is not None and rate is not None:
-                mixer.slot_score.rate.data = rate
+        for rate, old in zip(rates, before, strict=True):
+            rate.detach().copy_(old)
 
 
 def token_weight(stage: Stage, specs: Iterable[MixerSpec], positions: Tensor) -> Tensor | None:
