@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from linearize import text
 from linearize.distillation import sharding
+from linearize.distillation.collectives import leave
 from linearize.distillation.loop import Trainer, make_accelerator
 from linearize.distillation.run import train_stages
 from linearize.loading import load
@@ -78,3 +79,4 @@ def train(folder: Path, output: Path, case: str) -> None:
 if __name__ == "__main__":
     for name in sys.argv[3:]:
         train(Path(sys.argv[1]), Path(sys.argv[2]), name)
+    leave()
