@@ -80,11 +80,12 @@ class Weighed:
 
 def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int, progress: Progress) -> list[Choice]:
     """Every candidate in every layer of a model with the plan's mixers attached, which are not used; and those with slots in pairs,
-    one for some kv heads, the other for the rest. `scores` are what slots go by."""
+    one for some kv heads, the other for the rest. Slots go by `scores`, fitted without the rows that are only measured."""
     gradients = output_gradients(model, rows, seed, progress)
     places = [(name, own, plans_of(plan, name, own)) for name, own in candidates()]
     found, done = list[Choice](), list[int]()
-    begin = slice(started_rows(plan.mixers, rows.ids.shape[1]))
+    specs = {part.mixer for _, _, parts in places for part in parts.values()}
+    begin = slice(started_rows(specs, rows.ids.shape[1]))
     ids, measured = torch.cat([rows.ids[rows.fitted][begin], rows.ids[rows.measured]]), slice(-rows.asked - rows.text, None)
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:

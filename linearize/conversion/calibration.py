@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.conversion.plan import Plan
-from linearize.conversion.streaming import CALIBRATION_LENGTH, CALIBRATION_ROWS, SCORE_LENGTH, started_rows
+from linearize.conversion.streaming import started_on, started_rows
 from linearize.methods.base import Method
 from linearize.methods.calibration import Calibration, relative_error
 from linearize.methods.slot_fit import ScoreFit, set_rates
@@ -47,17 +47,13 @@ def fit_scores(model: nn.Module, ids: Tensor, device: torch.device, progress: Pr
 
 
 def start_mixer(mixer: Mixer, method: Method, every: Calibration, score: Mapping[str, Tensor] | None = None) -> Calibration:
-    """Give it its slot score, if that is learnt, which fades as the spec says, and start the memory on some rows: these come back.
-
-    They are the beginnings of the first rows or, behind slots whose score is learnt, 4,096 tokens of whole rows.
-    """
+    """Give it its slot score, if that is learnt, which fades as the spec says, and start the memory on some of the rows, those of
+    `started_on`: they come back."""
     if mixer.slot_score is not None and score is not None:
         mixer.slot_score.load_state_dict(score)
     set_rates(mixer)
-    if mixer.spec.scores_learned:
-        some = every.part(slice(max(SCORE_LENGTH // every.target.shape[1], 1)))
-    else:
-        some = every.part(slice(CALIBRATION_ROWS)).first(CALIBRATION_LENGTH)
+    rows, tokens = started_on(mixer.spec, every.target.shape[1])
+    some = every.part(slice(rows)).first(tokens)
     if mixer.spec.has_far:
         method.initialise(mixer, some)
     return some

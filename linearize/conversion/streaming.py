@@ -81,16 +81,21 @@ def calibration_shape(mixers: Iterable[MixerSpec], documents: Sequence[int] = (S
     return max(fewest, min(most, 2 * there - CALIBRATION_ROWS)), length
 
 
-def started_rows(mixers: Iterable[MixerSpec], length: int) -> int:
-    """How many of the first rows of that length are seen at once, when the layers' mixers are started.
+def started_on(mixer: MixerSpec, length: int) -> tuple[int, int]:
+    """On how many rows of that length a mixer is started, and on how many tokens of each, from the first.
 
     A memory behind slots whose score is learnt needs 4,096 tokens of whole rows: of the first thousand few would get into it.
     """
-    return max([CALIBRATION_ROWS, *(SCORE_LENGTH // length for mixer in mixers if mixer.scores_learned)])
+    return (max(SCORE_LENGTH // length, 1), length) if mixer.scores_learned else (CALIBRATION_ROWS, min(CALIBRATION_LENGTH, length))
+
+
+def started_rows(mixers: Iterable[MixerSpec], length: int) -> int:
+    """How many rows are seen at once, for all of these mixers to be started."""
+    return max(started_on(mixer, length)[0] for mixer in mixers)
 
 
 def tokens_at_once(mixers: Collection[MixerSpec]) -> int:
-    """Of these rows."""
+    """Tokens of these rows."""
     length = calibration_shape(mixers)[1]
     return started_rows(mixers, length) * length
 

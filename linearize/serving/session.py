@@ -14,7 +14,7 @@ from torch import Tensor
 from linearize.progress import Progress, silent
 from linearize.serving.generate import Generator, Run, Settings, open_generator
 
-SNAPSHOTS = 4
+SNAPSHOTS = 4  # states to go back to; a talk that goes back further is read again
 Messages = Sequence[dict[str, str]]
 
 

@@ -13,7 +13,7 @@ import torch
 from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion import budget as layouts
-from linearize.conversion import budget_costs
+from linearize.conversion import budget_costs, calibration, convert
 from linearize.conversion.budget import PLAIN, STORED, Choice, Frontier, Layout, Options, candidates
 from linearize.conversion.budget_costs import (
     ASKED_TOKENS,
@@ -36,6 +36,7 @@ from linearize.conversion.ranking import alone
 from linearize.conversion.sources import Source
 from linearize.conversion.streaming import CALIBRATION_ROWS, MOST_ROWS, asking
 from linearize.errors import InputError
+from linearize.loading import load
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import check_options, layout
 from linearize.modeling.attention import LinearizedAttention
@@ -217,8 +218,13 @@ def test_log_odds_do_not_saturate() -> None:
 
 
 @pytest.mark.usefixtures("few_slots")
-def test_convert_finds_a_layout_and_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_finds_a_layout_and_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, cli = write_model(tmp_path / "tiny"), Cli(capsys)
+    fitted = list[Any]()
+    monkeypatch.setattr(convert, "fit_scores", lambda *given: fitted.append(fit_scores(*given)) or fitted[-1])
+    monkeypatch.setattr(calibration, "fit_scores", lambda *given: pytest.fail("scores are fitted once"))
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
     flags = ("--calibration", tmp_path / "book.txt", "-o", tmp_path / "out")
     done = cli("convert", source, "--state-budget", "12KB", *flags)
@@ -226,6 +232,9 @@ def test_convert_finds_a_layout_and_says_it(tmp_path: Path, capsys: pytest.Captu
     assert "taken" in done.out
     config = json.loads((tmp_path / "out" / "config.json").read_text())["linearize"]
     assert f"--method '{config['method']}'" in " ".join(done.out.split())
+    for own in (attention.linearize.slot_score for attention in attentions(load(tmp_path / "out")[0])):
+        assert own is None or own.up.any()
+        assert own is None or any(torch.equal(own.up, score["up"]) for score in fitted[0].values())
     again = cli("convert", source, "--state-budget", "12KB", *flags, "--overwrite", "--json")
     made = json.loads(again.out)
     assert made["plan"]["state_bytes"] <= 12_000

@@ -116,6 +116,16 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     assert plan.mixers == {replace(layer.self_attn.linearize.spec) for layer in model.model.layers}
 
 
+def test_parts_share_what_all_rows_share() -> None:
+    given = calibration()
+    assert given.inputs.cos is not None
+    alike = replace(given, inputs=replace(given.inputs, cos=given.inputs.cos[:1]))
+    last = alike.part(slice(2, None))
+    assert torch.equal(last.inputs.q, given.inputs.q[2:])
+    assert last.inputs.cos is not None
+    assert torch.equal(last.inputs.cos, given.inputs.cos[:1])
+
+
 def test_what_the_teacher_does_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, apart = calibration(), calibration()
     log_mass, distance = whole.log_mass(), whole.mean_distance()
