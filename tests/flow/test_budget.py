@@ -139,6 +139,17 @@ def test_costs_tell_what_a_swap_does() -> None:
             assert real / 2 < told[attention.linearize_index, window] < real * 2
 
 
+def test_slots_are_weighed_by_the_scores_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others keep other tokens: what has slots costs something else, what has none the same."""
+    plan, model, rows = searched(160)
+    some = [("window", {"window": 16, "slots": 0, **STORED}), ("default", {**PLAIN, **STORED, "slots": 16})]
+    monkeypatch.setattr(budget_costs, "candidates", lambda: some)
+    scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
+    one, other = (measure_costs(model, plan, rows, given, 0, silent) for given in (scores, {}))
+    assert [c.options["slots"] for c in one] == [0, 16] * len(plan.parts)
+    assert [own.kl != without.kl for own, without in zip(one, other, strict=True)] == [False, True] * len(plan.parts)
+
+
 def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
     """Whatever number of slots the other heads have: the choice's cost is that of the mixer with its options, on the same rows."""
     plan, model, rows = searched(160)
