@@ -40,6 +40,7 @@ class Rows:
     """Calibration rows (N, T) in order: text that mixers are fitted to, rows that ask for something, text that is only measured.
 
     So many rows of text, the last ones, and so many before them that ask are measured; the latter are few, and fitted to as well.
+    Of more that ask, they are the first: the tasks come in the order in which they matter.
     """
 
     ids: Tensor
@@ -53,7 +54,8 @@ class Rows:
         text, asked = ids[:count], ids[count:]
         most = max(MEASURED // ids.shape[1], 1)
         last = max(min(most, len(text) // 2), 1)
-        return cls(torch.cat([text[:-last], asked, text[-last:]]), last, min(most, len(asked)))
+        count = min(most, len(asked))
+        return cls(torch.cat([text[:-last], asked[count:], asked[:count], text[-last:]]), last, count)
 
     @property
     def fitted(self) -> slice:

@@ -218,7 +218,8 @@ def test_rows_are_fitted_or_measured() -> None:
         asked = asking(count)
         assert sorted(rows.ids[:, 0].tolist()) == list(range(count))
         assert (rows.text, rows.asked) == (text, min(measured, asked))
-        last = [*range(count - rows.asked, count), *range(count - asked - text, count - asked)]
+        first = count - asked
+        last = [*range(first, first + rows.asked), *range(first - text, first)]
         assert rows.ids[rows.measured][:, 0].tolist() == last
         assert sorted(rows.ids[rows.fitted][:, 0].tolist()) == [*range(count - asked - text), *range(count - asked, count)]
 
