@@ -54,8 +54,8 @@ class Rows:
         text, asked = ids[:count], ids[count:]
         most = max(MEASURED // ids.shape[1], 1)
         last = max(min(most, len(text) // 2), 1)
-        count = min(most, len(asked))
-        return cls(torch.cat([text[:-last], asked[count:], asked[:count], text[-last:]]), last, count)
+        first = min(most, len(asked))
+        return cls(torch.cat([text[:-last], asked[first:], asked[:first], text[-last:]]), last, first)
 
     @property
     def fitted(self) -> slice:

@@ -13,7 +13,7 @@ from linearize.errors import InputError
 from linearize.evaluation.recall_forms import FORMS, LEARNT, Tokens, Writer
 from linearize.text import Packed
 
-TASKS = ("pass-key", "key-value", "fact", "copying")
+TASKS = ("pass-key", "key-value", "fact", "copying")  # where few are taken, these are the first
 KEY_DIGITS = LEARNT.digits
 
 
