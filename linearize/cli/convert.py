@@ -52,7 +52,9 @@ def convert(
     if dry_run and state_budget:
         raise UsageError("a state budget measures the model", "--dry-run", "leave out one of the two")
     if dry_run:
-        return plan(model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code)
+        return _plan(
+            "the same without --dry-run", model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code
+        )
     from linearize.conversion.convert import convert as run
 
     console = Console(as_json)
@@ -90,6 +92,23 @@ def plan(
 
     Nothing is loaded: at most config.json is fetched. The same as convert --dry-run.
     """
+    flagged = {
+        "--method": [method] if method != DEFAULT else [], "--layers": [layers or ""], "--set": set_ or [],
+        "--start": [start.value] if start != flags.Start.calibrated else [],
+        "--dtype": [dtype.value] if dtype != flags.Dtype.auto else [],
+        "--device": [device] if device != "auto" else [], "--revision": [revision or ""],
+    }  # fmt: skip
+    chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, values in flagged.items() for value in values if value)
+    chosen += " --trust-remote-code" if trust_remote_code else ""
+    again = f"linearize convert {shlex.quote(model)}{chosen}"
+    _plan(again, model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code)
+
+
+def _plan(
+    again: str, model: str, method: str, layers: str | None, set_: list[str] | None, start: flags.Start, dtype: flags.Dtype,
+    device: str, revision: str | None, as_json: bool, trust_remote_code: bool,
+) -> None:  # fmt: skip
+    """Show a plan, and `again`, what writes it."""
     from linearize.conversion.estimates import estimate
     from linearize.conversion.plan import make_plan
 
@@ -100,7 +119,5 @@ def plan(
     )  # fmt: skip
     made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device).to_dict()}
     show.plan(console, made)
-    flagged = [("--method", "" if method == DEFAULT else method), ("--layers", layers or ""), *(("--set", x) for x in set_ or ())]
-    chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, value in flagged if value)
-    console.say(f"\nnothing was written; to write it: linearize convert {model}{chosen}")
+    console.say(f"\nnothing was written; to write it: {again}")
     console.data(made)

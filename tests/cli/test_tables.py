@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_a_plan_is_shown_and_nothing_is_written(
     assert "4,096 tokens" in done.out
     assert "32,768 tokens" in done.out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_plan_says_to_type_writes_that_plan(cli: Cli, model: Path, book: Path, tmp_path: Path) -> None:
+    flags = ("--method", "lolcats", "--start", "published", "--dtype", "bfloat16", "--set", "window=4", "--layers", "0")
+    words = shlex.split(cli("plan", model, *flags).out.split("to write it: ")[1])
+    assert cli(*words[1:], "-o", tmp_path / "made", "--calibration", book).code == 0
+    made = json.loads(cli("inspect", tmp_path / "made", "--json").out)
+    assert (made["method"], made["options"], made["start"]) == ("lolcats", {"window": "4"}, "published")
+    assert [layer["index"] for layer in made["layers"]] == [0]
+    assert json.loads((tmp_path / "made" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 def test_a_plan_as_json(cli: Cli, model: Path) -> None:
