@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ class Generator:
     last: dict[str, Any] = field(default_factory=dict)
     sequence: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _stop: _Stop = field(default_factory=_Stop)
+    # the same thread for all answers: each new one may take another of malloc's arenas, and a long talk would grow all of them
+    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def __post_init__(self) -> None:
         need_decoder(self.model.config.linearize, type(self.model).__name__, "generation is")
@@ -118,10 +121,8 @@ class Generator:
         known, began = cache.get_seq_length(), time.monotonic()
         inputs = ids[None].to(self.model.device)
         mask = torch.ones_like(inputs, dtype=torch.bool)
-        found: list[Tensor] = []
-        failed: list[BaseException] = []
 
-        def work() -> None:
+        def work() -> Tensor:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(settings.seed)
@@ -131,21 +132,18 @@ class Generator:
                         stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
-                found.append(sequences[0].cpu())
-            except BaseException as error:  # handed to the thread that reads
-                failed.append(error)
-                streamer.end()
+                return sequences[0].cpu()
+            except BaseException:
+                streamer.end()  # whoever reads waits for it
+                raise
 
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
+        working = self._worker.submit(work)
         try:
             yield from (piece for piece in streamer if piece)
         finally:  # whoever reads may have had enough
             self.stop()
-            worker.join()
-        if failed:
-            raise failed[0]
-        self.sequence = found[0]
+            wait([working])
+        self.sequence = working.result()
         self.last = self._figures(len(ids) - known, len(self.sequence) - len(ids), len(self.sequence), began, cache)
 
     def _figures(self, prompt: int, new: int, total: int, began: float, cache: Any) -> dict[str, Any]:

@@ -121,7 +121,6 @@ class Session:
             ids = self._unread(said)
             self.generator.read(ids, self._heard.cache)
             self._heard.note(said, [])
-            self._tokens = ids
 
     def _unread(self, talk: str) -> Tensor:
         """Tokens (T,) of the talk, which begins with what was heard: those that the cache has read, then those that it has not."""
@@ -129,7 +128,8 @@ class Session:
         first = heard.length == 0 and tokenizer.chat_template is None  # elsewhere the template has written the special tokens
         new = tokenizer(talk[heard.length :], add_special_tokens=first)["input_ids"]
         unread = torch.tensor([*heard.pending, *new], dtype=torch.long)
-        return torch.cat([self._tokens[: heard.cache.get_seq_length()], unread])
+        self._tokens = torch.cat([self._tokens[: heard.cache.get_seq_length()], unread])  # in place of the last: a talk is long
+        return self._tokens
 
     def _plain(self, text: str) -> str:
         for token in self.generator.tokenizer.all_special_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def test_what_ends_an_answer_is_read_once(folder: Path, monkeypatch: pytest.Monk
     said = talk.tokenizer.decode(talk.known[-GREEDY.max_tokens])
     assert said.endswith(f"<|end|>\n{asking(WORDS[1], TEMPLATE)}")
     assert "<|end|><|end|>" not in said
+
+
+def test_all_answers_come_from_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads made anew spread what a talk allocates over all of malloc's arenas."""
+    talk, seen = Watched(folder, monkeypatch, TEMPLATE), set[threading.Thread]()
+    talk.model.get_input_embeddings().register_forward_pre_hook(lambda *_: seen.add(threading.current_thread()))
+    for words in WORDS:
+        talk.ask(words)
+    assert len(seen) == 1
 
 
 def test_what_is_kept_does_not_grow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
