@@ -202,7 +202,8 @@ def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None,
     """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
 
     As long as the plan's model takes them and, where that is an encoder, framed by its special tokens. Where slots go by a learnt
-    score, more rows follow to fit it, every other one with something in it that is asked for at its end.
+    score, more rows follow to fit it, every other one with something in it that is asked for at its end: in the first of these, by
+    which a state budget's search judges, it stands near the beginning, for what is said first must outlast everything.
     """
     docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
     training, _ = text.split(docs, held_out or text.HELD_OUT_PERCENT)
@@ -217,7 +218,10 @@ def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None,
     if not asked:
         return ids
     ids = ids.repeat(-(-(count - asked) // len(ids)), 1)[: count - asked]
-    hidden = [recall_row(TASKS[i % len(TASKS)], tokenizer, tokens, ids.shape[1], f"calibration-{i}") for i in range(asked)]
+    hidden = [
+        recall_row(TASKS[i % len(TASKS)], tokenizer, tokens, ids.shape[1], f"calibration-{i}", within=(i + 1) / asked)
+        for i in range(asked)
+    ]
     return torch.cat([ids, torch.tensor(hidden)])
 
 

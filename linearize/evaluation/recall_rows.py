@@ -17,8 +17,11 @@ TASKS = ("pass-key", "key-value", "fact", "copying")  # where few are taken, the
 KEY_DIGITS = LEARNT.digits
 
 
-def recall_row(task: str, tokenizer: Any, documents: Sequence[Tokens], length: int, seed: str) -> Tokens:
-    """Exactly `length` tokens: pieces of a task at drawn places in drawn text, and the question with its answer at the end."""
+def recall_row(task: str, tokenizer: Any, documents: Sequence[Tokens], length: int, seed: str, within: float = 1.0) -> Tokens:
+    """Exactly `length` tokens: pieces of a task at drawn places in drawn text, and the question with its answer at the end.
+
+    The places lie in the first `within` of the text, a share of it.
+    """
     w = Writer(tokenizer, f"{task}-{seed}")
     asked = FORMS[task](w)
     hidden, end = [w.encode(piece) for piece in asked.hidden], w.encode(asked.question)
@@ -30,7 +33,7 @@ def recall_row(task: str, tokenizer: Any, documents: Sequence[Tokens], length: i
         doc = w.draw.choice(documents)
         start = w.draw.randrange(len(doc))
         around += doc[start : start + room - len(around)]
-    return hide(around, hidden, sorted(w.draw.randint(0, room) for _ in hidden)) + end
+    return hide(around, hidden, sorted(w.draw.randint(0, int(room * within)) for _ in hidden)) + end
 
 
 def hide(around: Tokens, hidden: Sequence[Tokens], places: Sequence[int]) -> Tokens:

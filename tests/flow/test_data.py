@@ -166,6 +166,18 @@ def test_a_recall_row_asks_for_what_it_hides(task: str, encoded: list[list[int]]
         recall_row(task, tokenizer(), encoded, 20, "0")
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_asked_for_stands_where_it_should(task: str, encoded: list[list[int]]) -> None:
+    def places(within: float) -> list[float]:
+        rows = [said(recall_row(task, tokenizer(), encoded, 1024, str(seed), within)) for seed in range(12)]
+        bodies = [row.rsplit("\n", 1) for row in rows]
+        answers = [re.split(r" is called | is | again: ", question)[-1].rstrip(".") for _, question in bodies]
+        return [body.index(answer) / len(body) for (body, _), answer in zip(bodies, answers, strict=True)]
+
+    assert max(places(0.1)) < 0.3
+    assert max(places(1.0)) > 0.5
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
 def test_recall_is_mixed_in_by_share(share: float, encoded: list[list[int]]) -> None:
     """Every epoch has the share, in an order that depends on seed and epoch alone; a row is one text."""

@@ -107,8 +107,13 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
     options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned", "kv_dtype": "int8"}
     plan = make_plan(str(source), options=options)
-    ids = calibration_ids(AutoTokenizer.from_pretrained(source), tmp_path / "book.txt", plan)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = calibration_ids(tokenizer, tmp_path / "book.txt", plan)
     assert CALIBRATION_ROWS < len(ids) <= CALIBRATION_ROWS + MOST_ROWS
+    first = ids[len(ids) - asking(len(ids))]  # of those that ask for something: it stands near the beginning
+    key = str(tokenizer.decode(first))
+    answer = key.rsplit(" ", 1)[1].rstrip(".")
+    assert key.index(answer) < len(key) / 4
     convert(str(source), options=options, calibration=tmp_path / "book.txt", output=tmp_path / "out")
     model, _ = load(tmp_path / "out")
     for layer in model.model.layers:
