@@ -126,7 +126,7 @@ class Generator:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(settings.seed)
-                    sequences = self.model.generate(
+                    sequences: Tensor = self.model.generate(
                         inputs, attention_mask=mask, past_key_values=cache, streamer=streamer,
                         max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK,
                         stopping_criteria=StoppingCriteriaList([self._stop]),
