@@ -16,7 +16,7 @@ import typer
 
 from linearize.cli import architectures, bench, chat, convert, demo, distill, eval, export, generate, inspect, merge, methods
 from linearize.cli import report as reporting
-from linearize.cli.exits import Terminated, report
+from linearize.cli.exits import Terminated, end, report
 from linearize.cli.layout import SETTINGS, Verb, Verbs
 from linearize.errors import Interrupted
 
@@ -137,4 +137,7 @@ def main() -> int:
     if "_LINEARIZE_COMPLETE" in os.environ:  # the shell asks what comes next
         build()(prog_name="linearize")
     signal.signal(signal.SIGTERM, terminate)
-    return run(sys.argv[1:])
+    code = run(sys.argv[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end(code)
+    return code

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -34,6 +35,15 @@ class Terminated(KeyboardInterrupt):
 def rank() -> int:
     """Which process of a torchrun launch this is; 0 prints."""
     return int(os.environ.get("RANK", "0"))
+
+
+def end(code: int) -> NoReturn:
+    """End one process of many without taking the interpreter down: gloo's threads may still hold tensors, whose release then aborts
+    it (pytorch/pytorch#179291)."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def state_folder() -> Path:

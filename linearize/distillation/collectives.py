@@ -74,8 +74,7 @@ def from_left(tensors: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def leave() -> None:
-    """Take the process group down while all processes are there: left to the interpreter's end, gloo's threads may find that the
-    others have gone, and abort."""
+    """Take the process group down while all processes are there: gloo's threads abort one whose others have gone."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

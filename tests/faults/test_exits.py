@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli.tiny import Cli
+from cli.tiny import Cli, environment
 from safetensors import SafetensorError
 
 from linearize.cli.exits import Terminated, state_folder
@@ -88,3 +90,21 @@ def test_only_the_first_process_of_a_launch_speaks(cli: Cli, raised: Raise, monk
     assert (done.code, done.out, done.err) == (1, "", "")
     raised(RuntimeError("surprise"))
     assert "error: internal error (rank 1): RuntimeError: surprise" in cli(*COMMAND).err
+
+
+@pytest.mark.parametrize(("words", "code"), [("methods --json", 0), ("methods nosuch", 2)])
+def test_one_process_of_many_waits_for_no_thread(words: str, code: int) -> None:
+    """Its end is not the interpreter's, which a thread of gloo can abort; what it printed, atexit and its code are kept."""
+    program = """if True:
+        import atexit, sys, threading, time
+        from linearize.cli import main
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        atexit.register(print, "handlers ran")
+        sys.exit(main())"""
+    command = [sys.executable, "-c", program, *words.split()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(WORLD_SIZE="2", RANK="0"), timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert done.stdout.endswith("handlers ran\n")
+    assert len(done.stdout if code == 0 else done.stderr) > 20

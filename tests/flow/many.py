@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from linearize import text
+from linearize.cli.exits import end
 from linearize.distillation import sharding
 from linearize.distillation.collectives import leave
 from linearize.distillation.loop import Trainer, make_accelerator
@@ -80,3 +81,4 @@ if __name__ == "__main__":
     for name in sys.argv[3:]:
         train(Path(sys.argv[1]), Path(sys.argv[2]), name)
     leave()
+    end(0)
