@@ -10,6 +10,7 @@ from typing import Any
 from linearize.conversion.architectures import Architecture
 from linearize.conversion.preflight import safetensors_header, weight_files
 from linearize.conversion.sources import Source
+from linearize.methods.base import ROW_BLOCK
 from linearize.modeling.spec import MixerSpec, Shape
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 2, 1024
@@ -19,7 +20,6 @@ MOST_ROWS = 30  # of them, however short
 RANKED_LENGTH = 512  # of those rows, when the layers to keep are looked for
 SHARD_BYTES = 1_000_000_000  # a checkpoint is written in files of at most this size
 WIDEST = 4  # bytes: nothing is held in more than fp32
-ROW_BLOCK = 128  # queries whose scores a start looks at in one go
 MLP_MATRICES = 3
 SCORE_BLOCKS, HEAD_COPIES, HIDDEN_COPIES, MLP_COPIES = 4, 24, 8, 3
 

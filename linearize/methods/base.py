@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CALIBRATED, PUBLISHED = STARTS = ("calibrated", "published")
 SINKS = 4
+ROW_BLOCK = 64  # queries whose scores a start looks at in one go: what it then goes over stays in a processor's cache
 AXES: dict[str, str] = {
     "window": "exact recent tokens; 0 is none",
     "window_kind": "sliding, or terraced (own block and the one before)",

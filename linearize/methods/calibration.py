@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from linearize.methods.base import ROW_BLOCK
 from linearize.modeling.mixer import Inputs
 
-ROW_BLOCK = 128  # queries whose scores are looked at in one go
 ROWS = ("q", "k", "v", "hidden", "mask", "segments", "cos", "sin", "raw_q", "raw_k")  # inputs with a first dimension of rows
 
 
@@ -43,10 +43,10 @@ class Calibration:
         for start in range(0, time, ROW_BLOCK):
             block = slice(start, min(start + ROW_BLOCK, time))
             scores, seen = self.inputs.score(q[:, :, block], k[:, :, : block.stop]), keys[: block.stop]
-            hidden = seen > keys[block, None]
+            scores[..., block].masked_fill_(keys[block] > keys[block, None], -torch.inf)
             if self.inputs.score.sliding is not None:
-                hidden = hidden | (seen <= keys[block, None] - self.inputs.score.sliding)
-            yield block, scores.masked_fill(hidden, -torch.inf)
+                scores.masked_fill_(seen <= keys[block, None] - self.inputs.score.sliding, -torch.inf)
+            yield block, scores
 
     def log_mass(self) -> Tensor:
         """log sum exp of the teacher's scores over all keys and learned sinks of each query: (B, H, T); computed once."""

@@ -173,7 +173,8 @@ def softmax_attention(inputs: Inputs, causal: bool = True) -> Tensor:
         return (out if rows is None else rows.scatter(out)).transpose(1, 2)
     slides = score.sliding is not None and score.sliding < q.shape[2]
     plain = score.softcap is None and score.null is None and not slides
-    if plain and not by_onednn(q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))):
+    kept = torch.is_grad_enabled() and q.requires_grad  # the backward pass of blocks would need all their weights
+    if plain and (kept or not by_onednn(q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)))):
         grouped = q.shape[1] != k.shape[1]
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=score.scale, enable_gqa=grouped)
     else:

@@ -119,16 +119,21 @@ class Generator:
         self._stop = _Stop()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         known, began = cache.get_seq_length(), time.monotonic()
+        self.sequence = ids  # what was there before is let go of: it is as long
         inputs = ids[None].to(self.model.device)
         mask = torch.ones_like(inputs, dtype=torch.bool)
+        last = known + (len(ids) - known - 1) // PREFILL_CHUNK * PREFILL_CHUNK  # generate() reads the last chunk
+        positions = torch.arange(last, len(ids), device=inputs.device)[None]  # it would number all of a long talk at every token
 
         def work() -> Tensor:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(settings.seed)
+                    if last > known:
+                        self.read(ids[:last], cache)
                     sequences: Tensor = self.model.generate(
-                        inputs, attention_mask=mask, past_key_values=cache, streamer=streamer,
-                        max_new_tokens=settings.max_tokens, prefill_chunk_size=PREFILL_CHUNK,
+                        inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, streamer=streamer,
+                        max_new_tokens=settings.max_tokens,
                         stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip

@@ -255,3 +255,24 @@ def test_nothing_keeps_the_group_when_rows_are_shared_no_more() -> None:
         pass
     del group
     assert kept() is None
+
+
+def test_what_the_original_attention_keeps_for_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grows with the row, not with its square, whoever makes the products."""
+    monkeypatch.setattr("linearize.modeling.attention.by_onednn", lambda x: True)
+
+    def kept(length: int) -> int:
+        inputs, sizes = replace(random_inputs(tiny_shape(), length), score=SCORES["plain"]), dict[int, int]()
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        for x in (inputs.q, inputs.k, inputs.v):
+            x.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            out = softmax_attention(inputs)
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    assert kept(2048) < 2.1 * kept(1024)
