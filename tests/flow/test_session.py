@@ -14,7 +14,7 @@ from torch import Tensor
 from linearize.benchmarks.probe import probe
 from linearize.conversion.convert import convert
 from linearize.loading import load
-from linearize.serving.generate import Generator
+from linearize.serving.generate import Generator, open_generator
 from linearize.serving.session import SNAPSHOTS, Session, Settings
 
 GREEDY = Settings(max_tokens=6)
@@ -180,3 +180,18 @@ def test_a_long_talk_tells_how_far_it_is(folder: Path) -> None:
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert told[-1] == (90, 90)
     assert len(told) == found["peaks"][-1]["turns"] > found["peaks"][0]["turns"]
+
+
+def test_a_long_prompt_is_read_in_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they fall, on a new cache and on one that has read some of it: the same answer."""
+    generator = open_generator(folder)
+    ids, settings, found = torch.arange(3, 64), Settings(max_tokens=12), []
+    for chunk in (2048, 8, 20, 60, 61):
+        monkeypatch.setattr("linearize.serving.generate.PREFILL_CHUNK", chunk)
+        for known in (0, 5):
+            cache = generator.new_cache()
+            generator.read(ids[:known], cache)
+            list(generator.stream(ids, cache, settings))
+            assert cache.get_seq_length() == len(generator.sequence) - 1
+            found.append(generator.sequence.tolist())
+    assert all(one == found[0] for one in found)
