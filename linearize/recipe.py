@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from linearize.text import HELD_OUT_PERCENT
 
 SEQUENCE, SHORTEST = 1024, 8
 SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+EXAMPLES = {"tokens": "500k", "targets": "[q, v]", "options": "{window: 128}"}
 Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {
     "tokens": (1, 1e15), "lr": (1e-9, 10), "mixer_lr": (0, 10), "rank": (1, 4096), "dropout": (0, 0.9), "temperature": (0.01, 100),
@@ -31,10 +32,12 @@ BOUNDS: dict[str, Bound] = {
 class Recipe:
     """What a checkpoint of a method learns. `stages` are given by kind, each over the method's own stage of that kind.
 
-    `held_out` is the percentage of the documents, by their hash, that no stage sees.
+    `options` are the method's, as `convert` takes them. `held_out` is the percentage of the documents, by their hash, that no stage
+    sees.
     """
 
     method: str = DEFAULT
+    options: Mapping[str, Any] = field(default_factory=dict)
     data: tuple[str, ...] = (BUILTIN,)
     recall: float = 0.0
     sequence: int = SEQUENCE
@@ -73,9 +76,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def recipe_of(
-    raw: Mapping[str, Any] | None = None, sets: Iterable[str] = (), method: str | None = None, where: str = "--recipe"
-) -> Recipe:
-    """The whole recipe of what is written in it and set over it, for a checkpoint of `method` where there is one already.
+    raw: Mapping[str, Any] | None = None, sets: Iterable[str] = (), method: str | None = None, where: str = "--recipe",
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:  # fmt: skip
+    """The whole recipe of what is written in it and set over it, for a checkpoint of `method` and `options` where there is one.
 
     Stages that nobody names are the method's own. InputError or UsageError name the first bad key, and the nearest good one.
     """
@@ -89,7 +93,16 @@ def recipe_of(
         given["stages"] = {kind: {} for kind in own}
     for pair in sets:
         _set(given, pair)
-    return _typed(given, own, where)
+    made = _typed(given, own, where)
+    if options is not None and made.options and _plain(made.options) != _plain(options):
+        fix = "convert the model by this recipe, or leave options out of it"
+        raise InputError("the checkpoint was converted with other options than the recipe's", where, fix)
+    return made
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options as flags say them, whichever file they are from."""
+    return {key: str(value) for key, value in options.items()}
 
 
 def _set(given: dict[str, Any], pair: str) -> None:
@@ -161,6 +174,8 @@ def _value(key: str, value: Any, hint: Any, where: str) -> Any:
                 raise ValueError
         elif hint is float:
             read = float(value)
+        elif key == "options":
+            read = {str(name): x for name, x in dict(value or {}).items()}
         elif hint == tuple[str, ...]:
             read = (value,) if isinstance(value, str) else tuple(value)
             if not all(isinstance(part, str) for part in read):
@@ -179,7 +194,7 @@ def _value(key: str, value: Any, hint: Any, where: str) -> Any:
 
 
 def _example(key: str, hint: Any) -> str:
-    return "500k" if key == "tokens" else "[q, v]" if key == "targets" else {int: "1", float: "0.1"}.get(hint, "TEXT")
+    return EXAMPLES.get(key) or {int: "1", float: "0.1"}.get(hint, "TEXT")
 
 
 def _unknown(name: str, known: Iterable[str], where: str, what: str) -> InputError:

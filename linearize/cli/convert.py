@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +22,13 @@ linearize convert smollm2 --state-budget 4MB
 linearize convert model.gguf --layers every:4 --dry-run"""
 PLAN_EXAMPLES = """\
 linearize plan smollm2
+linearize plan smollm2 --recipe recipes/smollm2-5mb.yaml
 linearize plan ./Qwen3-0.6B --method liger --layers 0-13 --json"""
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="Method and options of a recipe.", rich_help_panel=flags.NEW, show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=flags.OUTPUT)]
 
 
@@ -30,6 +37,7 @@ def convert(
     method: flags.MethodName = DEFAULT,
     layers: flags.Layers = None,
     set_: flags.Set = None,
+    recipe: RecipeFile = None,
     state_budget: flags.StateBudget = None,
     start: flags.StartFlag = flags.Start.calibrated,
     calibration: flags.Calibration = None,
@@ -49,18 +57,19 @@ def convert(
     Weights stay as they are; each attention layer gets a mixer whose new parameters are fitted to the
     softmax that it replaces. Writes <model>-<method> unless -o says otherwise.
     """
+    method, options = told(recipe, method, set_ or ())
     if dry_run and state_budget:
         raise UsageError("a state budget measures the model", "--dry-run", "leave out one of the two")
     if dry_run:
         return _plan(
-            "the same without --dry-run", model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code
+            "the same without --dry-run", model, method, layers, options, start, dtype, device, revision, as_json, trust_remote_code
         )
     from linearize.conversion.convert import convert as run
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            model, method=method, output=output, layers=layers, options=flags.options(set_ or ()),
+            model, method=method, output=output, layers=layers, options=options,
             state_budget=flags.state_bytes(state_budget) if state_budget else None, dtype=dtype.value,
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
             held_out=held_out, start=start.value, overwrite=overwrite, progress=progress,
@@ -81,6 +90,7 @@ def plan(
     method: flags.MethodName = DEFAULT,
     layers: flags.Layers = None,
     set_: flags.Set = None,
+    recipe: RecipeFile = None,
     start: flags.StartFlag = flags.Start.calibrated,
     dtype: flags.DtypeFlag = flags.Dtype.auto,
     device: flags.Device = "auto",
@@ -94,6 +104,7 @@ def plan(
     """
     flagged = {
         "--method": [method] if method != DEFAULT else [], "--layers": [layers or ""], "--set": set_ or [],
+        "--recipe": [str(recipe)] if recipe else [],
         "--start": [start.value] if start != flags.Start.calibrated else [],
         "--dtype": [dtype.value] if dtype != flags.Dtype.auto else [],
         "--device": [device] if device != "auto" else [], "--revision": [revision or ""],
@@ -101,11 +112,25 @@ def plan(
     chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, values in flagged.items() for value in values if value)
     chosen += " --trust-remote-code" if trust_remote_code else ""
     again = f"linearize convert {shlex.quote(model)}{chosen}"
-    _plan(again, model, method, layers, set_, start, dtype, device, revision, as_json, trust_remote_code)
+    method, options = told(recipe, method, set_ or ())
+    _plan(again, model, method, layers, options, start, dtype, device, revision, as_json, trust_remote_code)
+
+
+def told(recipe: Path | None, method: str, pairs: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Method and options: the flags', or a recipe's with the flags' over them. UsageError where both name a method."""
+    said = flags.options(pairs)
+    if recipe is None:
+        return method, dict(said)
+    from linearize.recipe import read, recipe_of
+
+    if method != DEFAULT:
+        raise UsageError("the recipe names the method", "--method", "leave out one of --method and --recipe")
+    made = recipe_of(read(recipe), where=str(recipe))
+    return made.method, {**made.options, **said}
 
 
 def _plan(
-    again: str, model: str, method: str, layers: str | None, set_: list[str] | None, start: flags.Start, dtype: flags.Dtype,
+    again: str, model: str, method: str, layers: str | None, options: dict[str, Any], start: flags.Start, dtype: flags.Dtype,
     device: str, revision: str | None, as_json: bool, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Show a plan, and `again`, what writes it."""
@@ -114,7 +139,7 @@ def _plan(
 
     console = Console(as_json)
     planned = make_plan(
-        model, method=method, options=flags.options(set_ or ()), layers=layers, start=start.value, revision=revision,
+        model, method=method, options=options, layers=layers, start=start.value, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device).to_dict()}

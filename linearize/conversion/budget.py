@@ -28,12 +28,17 @@ Options = Mapping[str, Any]
 
 def candidates() -> list[tuple[str, Options]]:
     """Method and options of all that a layer may become with all heads alike: windows, windows with a memory, windows with slots
-    whose scores fade fast or slowly and a narrow memory of what these give up."""
+    whose scores fade fast or slowly, with a narrow memory of what these give up and without."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
     kept = [{**PLAIN, "slots": m} for m in SLOTS if m <= LASTING] + [{**PLAIN, "slots": m, "slot_fade": SLOW} for m in SLOTS]
-    every = (*near, *far, *(("default", options) for options in kept))
+    every = (*near, *far, *(("default", options) for options in kept), *(("window", without_memory(options)) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]
+
+
+def without_memory(options: Options) -> Options:
+    """Of a window with slots alone, what a memory behind it has besides left out."""
+    return {key: value for key, value in options.items() if key != "feature_dim"}
 
 
 @dataclass(frozen=True)

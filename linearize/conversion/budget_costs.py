@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.conversion.budget import Choice, Options, candidates
+from linearize.conversion.budget import Choice, Options, candidates, without_memory
 from linearize.conversion.calibration import Scores, start_mixer
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.streaming import asking, started_rows
@@ -92,10 +92,18 @@ def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int,
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         layer, every = attention.linearize_index, Calibration(inputs, target)
-        weighed: list[Weighed] = []
+        weighed, near = list[Weighed](), dict[str, Tensor]()
         for name, own, parts in places:
+            slots = str(without_memory(own))
+            if slots in near:  # what the memory of the same slots left out already
+                weighed.append(Weighed(name, own, parts[layer].mixer, near[slots]))
+                continue
             mixer = started(parts[layer], plan, every.part(begin), scores.get(layer), seed)
-            weighed.append(Weighed(name, own, mixer.spec, moved(mixer, every.part(measured), gradients[layer])))
+            halves = mixer.halves(every.part(measured).inputs)
+            off = every.target[measured], gradients[layer], plan.shape.kv_heads
+            weighed.append(Weighed(name, own, mixer.spec, moved(mixer.combine(halves), *off)))
+            if mixer.spec.slots and halves.near is not None:
+                near[slots] = moved(halves.near.output(), *off)
         found.extend(choices(layer, weighed, plan.shape, rows))
         done.append(layer)
         progress("weigh", len(done), len(plan.parts))
@@ -120,10 +128,10 @@ def started(place: Place, plan: Plan, fitted: Calibration, score: Mapping[str, T
     return mixer
 
 
-def moved(mixer: Mixer, measured: Calibration, gradient: Tensor) -> Tensor:
-    """g_t d_t of each token and kv head, (N, T, G)."""
-    off = mixer(measured.inputs)[0].float() - measured.target.float()  # (N, T, H, V)
-    heads: Tensor = (off * gradient.to(off)).sum(3).unflatten(2, (mixer.shape.kv_heads, -1))
+def moved(output: Tensor, target: Tensor, gradient: Tensor, kv_heads: int) -> Tensor:
+    """g_t d_t of each token and kv head (N, T, G), of an output (N, H, T, V) for a target (N, T, H, V)."""
+    off = output.transpose(1, 2).to(target.dtype).float() - target.float()
+    heads: Tensor = (off * gradient.to(off)).sum(3).unflatten(2, (kv_heads, -1))
     return heads.sum(3)
 
 
@@ -135,11 +143,12 @@ def cost(moved: Tensor, rows: Rows) -> tuple[float, float]:
 
 
 def choices(layer: int, weighed: Sequence[Weighed], shape: Shape, rows: Rows) -> Iterator[Choice]:
-    """What a layer may become: each candidate, and of two with slots that fade alike one in some heads, the other in the rest."""
+    """What a layer may become: each candidate, and of two with slots that fade alike, both with a memory or neither, one in some
+    heads, the other in the rest."""
     for one in weighed:
         yield Choice(layer, one.method, one.options, one.mixer.state_bytes(shape), *cost(one.moved.sum(2), rows))
     slotted = sorted((x for x in weighed if x.mixer.slots), key=lambda x: x.mixer.slots)
-    for few, many in (pair for pair in combinations(slotted, 2) if pair[0].mixer.slot_fade == pair[1].mixer.slot_fade):
+    for few, many in (pair for pair in combinations(slotted, 2) if len({(x.method, x.mixer.slot_fade) for x in pair}) == 1):
         for heads in gaining(few, many, rows):
             chosen = torch.zeros(shape.kv_heads, dtype=torch.bool, device=few.moved.device)
             chosen[list(heads)] = True

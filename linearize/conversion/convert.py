@@ -255,7 +255,7 @@ def convert(
     if calibration is not None:
         documents(str(calibration))  # a bad file is said before the model is loaded
     if state_budget is not None and (method != DEFAULT or options):
-        raise UsageError("a state budget finds method and options itself", "--state-budget", "leave out --method and --set")
+        raise UsageError("a state budget finds method and options", "--state-budget", "leave out --method, --set and --recipe")
     source = resolve(model, revision, trust_remote_code)
     plan = plan_for(source, method, layers, options or {}, start)  # a model that cannot be converted is told before anything else
     target = output or Path(f"{source.name}-{file_name(method) if state_budget is None else f'{state_budget // 1000}KB'}")

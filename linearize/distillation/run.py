@@ -110,7 +110,7 @@ def distill(
     plan, tokenizer = config["linearize"], AutoTokenizer.from_pretrained(directory)
     sources = (data,) if isinstance(data, str) else data
     told = {"data": sources, "recall": recall, "held_out": held_out, "seed": seed, "sequence": sequence, "batch": batch}
-    made = recipe_of(recipe, sets, plan["method"])
+    made = recipe_of(recipe, sets, plan["method"], options=plan["options"])
     made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
     chosen = stages_for(made, stage, tokens)
     check_losses(chosen, plan["layers"])

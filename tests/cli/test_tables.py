@@ -62,6 +62,19 @@ def test_what_a_plan_says_to_type_writes_that_plan(cli: Cli, model: Path, book: 
     assert json.loads((tmp_path / "made" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
+def test_a_recipe_says_method_and_options(cli: Cli, model: Path, book: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('{method: lolcats, options: {window: 4, "window@1": 8}, sequence: 32, stages: {lora: {tokens: 64}}}')
+    words = shlex.split(cli("plan", model, "--recipe", recipe, "--set", "window=6").out.split("to write it: ")[1])
+    assert cli(*words[1:], "-o", tmp_path / "made", "--calibration", book).code == 0
+    made = json.loads(cli("inspect", tmp_path / "made", "--json").out)
+    assert (made["method"], made["options"]) == ("lolcats", {"window": "6", "window@1": 8})
+    said = cli("distill", tmp_path / "made", "--recipe", recipe, "--data", book)
+    assert (said.code, "other options than the recipe's" in said.err) == (3, True)
+    assert cli("convert", model, "--recipe", recipe, "-o", tmp_path / "own", "--calibration", book).code == 0
+    assert cli("distill", tmp_path / "own", "--recipe", recipe, "--data", book, "-o", tmp_path / "learnt").code == 0
+
+
 def test_a_plan_as_json(cli: Cli, model: Path) -> None:
     done = cli("plan", model, "--json")
     made = json.loads(done.out)

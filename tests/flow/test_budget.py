@@ -14,7 +14,7 @@ from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion import budget as layouts
 from linearize.conversion import budget_costs, calibration, convert
-from linearize.conversion.budget import PLAIN, STORED, Choice, Frontier, Layout, Options, candidates
+from linearize.conversion.budget import PLAIN, STORED, Choice, Frontier, Layout, Options, candidates, without_memory
 from linearize.conversion.budget_costs import (
     ASKED_TOKENS,
     Rows,
@@ -150,6 +150,22 @@ def test_slots_are_weighed_by_the_scores_that_are_given(monkeypatch: pytest.Monk
     assert [own.kl != without.kl for own, without in zip(one, other, strict=True)] == [False, True] * len(plan.parts)
 
 
+def test_slots_without_a_memory_are_weighed_by_what_a_memory_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mixers of their own would be."""
+    plan, model, rows = searched(160)
+    slots = {**PLAIN, **STORED, "slots": 16}
+    bare = ("window", without_memory(slots))
+    scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
+    found = []
+    for some in ([("default", slots), bare], [bare]):
+        monkeypatch.setattr(budget_costs, "candidates", lambda some=some: some)
+        found.append([c for c in measure_costs(model, plan, rows, scores, 0, silent) if c.method == "window"])
+    for one, other in zip(*found, strict=True):
+        assert (one.bytes, one.options) == (other.bytes, other.options)
+        assert (one.kl, one.recall) == pytest.approx((other.kl, other.recall), rel=1e-9)
+        assert one.kl > 0
+
+
 def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
     """Whatever number of slots the other heads have: the choice's cost is that of the mixer with its options, on the same rows."""
     plan, model, rows = searched(160)
@@ -164,7 +180,9 @@ def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
 
         def weighed(options: Options) -> Weighed:
             mixer = started(plans_of(plan, "default", options)[0], plan, every.part(rows.fitted), scores[0], 0)
-            return Weighed("default", options, mixer.spec, moved(mixer, every.part(rows.measured), gradients[0]))
+            own = every.part(rows.measured)
+            off = moved(mixer.combine(mixer.halves(own.inputs)), own.target, gradients[0], plan.shape.kv_heads)
+            return Weighed("default", options, mixer.spec, off)
 
         near = {"window": 16, "slot_score": "learned", "feature_dim": 8, **STORED}
         found = [weighed({**near, "slots": slots, "slot_fade": fade}) for fade in (40.0, 0.0) for slots in (8, 24)]
