@@ -2,7 +2,7 @@
 
 Each method is trained twice: as published (its start, its losses, no sinks beside those it has), and with four sinks, the
 calibrated start and the default's losses. A method whose curriculum has one stage spends all tokens there. `--layout DIR`, a
-checkpoint that nothing has trained (of `linearize convert --state-budget`, for one), learns beside them by smollm2-5mb.yaml.
+checkpoint that smollm2-5mb.yaml converted and nothing has trained, learns beside them by that recipe.
 What FOLDER has already is not made again. Then all are controls of recipes/fidelity.py beside the last of them; what is not known
 here is for that.
 """
