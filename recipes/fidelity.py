@@ -299,6 +299,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=30, help="further documents of which 1,024 tokens are read")
     parser.add_argument("--prompts", type=int, default=20, help="of each task and length, in fives: one at each depth")
     parser.add_argument("--parts", default="text,recall")
+    parser.add_argument(
+        "--few", action="store_true", help="teacher, student and controls alone: nothing switched off, no bare window"
+    )
     parser.add_argument("--tasks", type=tasks, default=RECALL, help="what is asked, as pass-key:4096,s-niah-2:2048 (default: all)")
     parser.add_argument(
         "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
@@ -321,7 +324,7 @@ def main() -> None:
     host, note = teacher_host(model, plan, args.teacher, args.device)
     if host is None:
         sys.exit(note)
-    variants = variants_of(model, host)
+    variants = [v for v in variants_of(model, host) if not args.few or v.name in ("teacher", "student")]
     for directory in args.controls:
         if AutoTokenizer.from_pretrained(directory)(docs[0])["input_ids"] != tokenizer(docs[0])["input_ids"]:
             sys.exit(f"{directory}: another tokenizer, so its figures cannot be compared")

@@ -88,6 +88,11 @@ def test_one_command_fills_the_table(
     assert "| student, window off |" in said
     assert "| pass-key at 4,096, share of the answer |" in said
     assert f"{places['256-512']['rows']['student']['ratio']:.3f} [" in said
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", str(folder), *flags, "--parts", "text", "--few"])
+    recipe.main()
+    few = json.loads((tmp_path / "out.json").read_text())
+    assert few["names"] == ["teacher", "student"]
+    assert few["text"]["512-1,024"]["rows"]["student"] == places["512-1,024"]["rows"]["student"]
 
 
 @pytest.mark.parametrize("said", ["pass-key", "pass-key:far", "passkey:256"])
