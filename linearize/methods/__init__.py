@@ -9,7 +9,8 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from linearize.errors import InputError, UsageError
 from linearize.methods.base import CALIBRATED, Method, parse_options
@@ -18,11 +19,21 @@ DEFAULT = "default"
 _NOT_METHODS = {"base", "calibration", "families", "layout", "moments", "slot_fit", "starts"}
 
 
-def names() -> list[str]:
-    """Every method's name: built in first, then those of installed packages (entry points `linearize.methods`)."""
+@cache  # what is installed is read from disk: 4 ms each time, and a layout of thirty layers asks a thousand times
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="linearize.methods")}
+
+
+@cache
+def _names() -> tuple[str, ...]:
     own = sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_METHODS)
     own.sort(key=lambda name: name != DEFAULT)
-    return own + sorted(point.name for point in entry_points(group="linearize.methods") if point.name not in own)
+    return (*own, *sorted(name for name in _installed() if name not in own))
+
+
+def names() -> list[str]:
+    """Every method's name: built in first, then those of installed packages (entry points `linearize.methods`)."""
+    return list(_names())
 
 
 def single_names() -> list[str]:
@@ -32,12 +43,11 @@ def single_names() -> list[str]:
 
 def get(name: str) -> type[Method]:
     """The method class of this name; UsageError with a suggestion if there is none."""
-    if name not in names():
+    if name not in _names():
         close = get_close_matches(name, names(), n=1)
         raise UsageError(f"unknown method '{name}'", fix=f"did you mean '{close[0]}'?" if close else "see: linearize methods")
-    for point in entry_points(group="linearize.methods"):
-        if point.name == name:
-            return point.load()  # type: ignore[no-any-return]
+    if name in _installed():
+        return _installed()[name].load()  # type: ignore[no-any-return]
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return next(
         x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Method) and x.__module__ == module.__name__

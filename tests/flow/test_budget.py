@@ -106,11 +106,11 @@ def test_a_layout_is_told_as_flags_that_give_it_back(seed: int) -> None:
             assert getattr(place.mixer, key) == (value if key != "more_heads" else tuple(listed(value)))
 
 
-def searched(length: int) -> tuple[Plan, Any, Rows]:
+def searched(length: int, rows: int = 12) -> tuple[Plan, Any, Rows]:
     """A tiny model as the search sees it, in fp64, and random rows of so many tokens."""
     base = tiny_family("llama").double()
     torch.manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (CALIBRATION_ROWS + MOST_ROWS, length))
+    ids = torch.randint(base.config.vocab_size, (rows, length))
     source = Source("tiny", "tiny", "memory", None, base.config.to_dict())
     plan = plan_for(source, "default", None, {**PLAIN, **STORED, "slots": 64}, "calibrated")
     return plan, attach(base.eval(), plan.config_field()), Rows.of(ids)
@@ -119,7 +119,7 @@ def searched(length: int) -> tuple[Plan, Any, Rows]:
 @pytest.mark.usefixtures("few_slots")
 def test_costs_tell_what_a_swap_does() -> None:
     """KL of single swaps by the second-order form against the real one, where a window sees all and what changes is 8 bits."""
-    plan, model, rows = searched(96)
+    plan, model, rows = searched(96, CALIBRATION_ROWS + MOST_ROWS)
     scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
     found = measure_costs(model, plan, rows, scores, 0, lambda *_, **__: None)
     alike = [c for c in found if "more_slots" not in c.options]
