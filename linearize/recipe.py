@@ -14,7 +14,7 @@ from linearize.documents import BUILTIN
 from linearize.errors import InputError, UsageError
 from linearize.methods import DEFAULT
 from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, LORA, Stage
-from linearize.methods.layout import stages_of
+from linearize.methods.layout import alike, stages_of
 from linearize.text import HELD_OUT_PERCENT
 
 SEQUENCE, SHORTEST = 1024, 8
@@ -76,10 +76,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def recipe_of(
-    raw: Mapping[str, Any] | None = None, sets: Iterable[str] = (), method: str | None = None, where: str = "--recipe",
-    options: Mapping[str, Any] | None = None,
-) -> Recipe:  # fmt: skip
-    """The whole recipe of what is written in it and set over it, for a checkpoint of `method` and `options` where there is one.
+    raw: Mapping[str, Any] | None = None, sets: Iterable[str] = (), method: str | None = None, where: str = "--recipe"
+) -> Recipe:
+    """The whole recipe of what is written in it and set over it, for a checkpoint of `method` where there is one already.
 
     Stages that nobody names are the method's own. InputError or UsageError name the first bad key, and the nearest good one.
     """
@@ -93,16 +92,15 @@ def recipe_of(
         given["stages"] = {kind: {} for kind in own}
     for pair in sets:
         _set(given, pair)
-    made = _typed(given, own, where)
-    if options is not None and made.options and _plain(made.options) != _plain(options):
+    return _typed(given, own, where)
+
+
+def check_layout(recipe: Recipe, plan: Mapping[str, Any]) -> None:
+    """InputError where the recipe's options, if it has any, make something else of the layers than the checkpoint's plan did."""
+    layers = (layer["index"] for layer in plan["layers"])
+    if recipe.options and not alike(recipe.method, recipe.options, plan["options"], layers):
         fix = "convert the model by this recipe, or leave options out of it"
-        raise InputError("the checkpoint was converted with other options than the recipe's", where, fix)
-    return made
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, str]:
-    """Options as flags say them, whichever file they are from."""
-    return {key: str(value) for key, value in options.items()}
+        raise InputError("the checkpoint was converted with other options than the recipe's", "--recipe", fix)
 
 
 def _set(given: dict[str, Any], pair: str) -> None:

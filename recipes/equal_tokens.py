@@ -1,8 +1,8 @@
 """Published methods and the default, at the same tokens, data and seed: python recipes/equal_tokens.py FOLDER --data TEXT
 
 Each method is trained twice: as published (its start, its losses, no sinks beside those it has), and with four sinks, the
-calibrated start and the default's losses. A method whose curriculum has one stage spends all tokens there. `--layout DIR`, a
-checkpoint that smollm2-5mb.yaml converted and nothing has trained, learns beside them by that recipe.
+calibrated start and the default's losses. A method whose curriculum has one stage spends all tokens there. With `--layout`
+the recipe smollm2-5mb.yaml is converted and learns beside them.
 What FOLDER has already is not made again. Then all are controls of recipes/fidelity.py beside the last of them; what is not known
 here is for that.
 """
@@ -38,12 +38,12 @@ def settings(method: str, tokens: dict[str, int], changes: dict[str, list[str]])
             yield from ("--set", f"stages.{kind}.{change}")
 
 
-def train(made: Path, source: Path | Sequence[str], args: argparse.Namespace, learns: Sequence[str]) -> Path:
+def train(made: Path, source: Sequence[str], args: argparse.Namespace, learns: Sequence[str]) -> Path:
     """A checkpoint under that name, converted by these words first where it is not one already."""
     if made.exists():
         return made
-    start = source if isinstance(source, Path) else made.with_name(f"{made.name}-untrained")
-    if not isinstance(source, Path) and not start.exists():
+    start = made.with_name(f"{made.name}-untrained")
+    if not start.exists():
         linearize("convert", args.model, *source, "--dtype", args.dtype, *data(args, "--calibration"), "-o", start)
     linearize("distill", start, *data(args, "--data"), *learns, "--seed", str(args.seed), "-o", made)
     return made
@@ -62,9 +62,9 @@ def trained(args: argparse.Namespace) -> Iterator[Path]:
         ours = ["-m", method, "--set", "sinks=4"]
         yield train(args.folder / f"{method}-ours", ours, args, list(settings(method, tokens, OURS)))
     yield train(args.folder / DEFAULT, ["-m", DEFAULT], args, list(settings(DEFAULT, tokens, {})))
-    if args.layout is not None:
-        recipe = ["--recipe", str(HERE / "smollm2-5mb.yaml"), *settings(DEFAULT, tokens, {})]
-        yield train(args.folder / "layout", args.layout, args, recipe)
+    if args.layout:
+        recipe = ["--recipe", str(HERE / "smollm2-5mb.yaml")]
+        yield train(args.folder / "layout", recipe, args, [*recipe, *settings(DEFAULT, tokens, {})])
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=20)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--layout", type=Path)
+    parser.add_argument("--layout", action="store_true", help="the layout of smollm2-5mb.yaml too")
     parser.add_argument("--attention", default="24k", help="tokens of attention transfer")
     parser.add_argument("--lora", default="12k", help="tokens of LoRA")
     parser.add_argument("--dtype", default="auto")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from linearize.cli import flags, show
 from linearize.cli.console import Console
 from linearize.errors import UsageError
 from linearize.methods import DEFAULT
+
+if TYPE_CHECKING:
+    from linearize.recipe import Recipe
 
 EXAMPLES = """\
 linearize convert smollm2
@@ -27,7 +31,13 @@ linearize plan ./Qwen3-0.6B --method liger --layers 0-13 --json"""
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="Method and options of a recipe.", rich_help_panel=flags.NEW, show_default=False),
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Method, options and held-out share of a recipe.",
+        rich_help_panel=flags.NEW,
+        show_default=False,
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=flags.OUTPUT)]
 
@@ -57,22 +67,22 @@ def convert(
     Weights stay as they are; each attention layer gets a mixer whose new parameters are fitted to the
     softmax that it replaces. Writes <model>-<method> unless -o says otherwise.
     """
-    method, options = told(recipe, method, set_ or ())
+    wanted = recipe_of_flags(recipe, method, set_ or ())
     if dry_run and state_budget:
         raise UsageError("a state budget measures the model", "--dry-run", "leave out one of the two")
     if dry_run:
         return _plan(
-            "the same without --dry-run", model, method, layers, options, start, dtype, device, revision, as_json, trust_remote_code
+            "the same without --dry-run", model, wanted, layers, start, dtype, device, revision, as_json, trust_remote_code
         )
     from linearize.conversion.convert import convert as run
 
     console = Console(as_json)
     with console.progress() as progress:
         made = run(
-            model, method=method, output=output, layers=layers, options=options,
+            model, method=wanted.method, output=output, layers=layers, options=wanted.options,
             state_budget=flags.state_bytes(state_budget) if state_budget else None, dtype=dtype.value,
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
-            held_out=held_out, start=start.value, overwrite=overwrite, progress=progress,
+            held_out=held_out or wanted.held_out, start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     show.frontier(console, [layout.to_dict() for layout in made.frontier], made.plan.state_bytes)
     causal = made.plan.architecture.causal
@@ -112,26 +122,36 @@ def plan(
     chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, values in flagged.items() for value in values if value)
     chosen += " --trust-remote-code" if trust_remote_code else ""
     again = f"linearize convert {shlex.quote(model)}{chosen}"
-    method, options = told(recipe, method, set_ or ())
-    _plan(again, model, method, layers, options, start, dtype, device, revision, as_json, trust_remote_code)
+    _plan(
+        again,
+        model,
+        recipe_of_flags(recipe, method, set_ or ()),
+        layers,
+        start,
+        dtype,
+        device,
+        revision,
+        as_json,
+        trust_remote_code,
+    )
 
 
-def told(recipe: Path | None, method: str, pairs: Iterable[str]) -> tuple[str, dict[str, Any]]:
-    """Method and options: the flags', or a recipe's with the flags' over them. UsageError where both name a method."""
-    said = flags.options(pairs)
-    if recipe is None:
-        return method, dict(said)
-    from linearize.recipe import read, recipe_of
+def recipe_of_flags(path: Path | None, method: str, pairs: Iterable[str]) -> Recipe:
+    """What the flags say, or a recipe with the options of the flags over its own. UsageError where both name a method."""
+    from linearize.recipe import Recipe, read, recipe_of
 
+    options = flags.options(pairs)
+    if path is None:
+        return Recipe(method, options)
     if method != DEFAULT:
         raise UsageError("the recipe names the method", "--method", "leave out one of --method and --recipe")
-    made = recipe_of(read(recipe), where=str(recipe))
-    return made.method, {**made.options, **said}
+    made = recipe_of(read(path), where=str(path))
+    return replace(made, options={**made.options, **options})
 
 
 def _plan(
-    again: str, model: str, method: str, layers: str | None, options: dict[str, Any], start: flags.Start, dtype: flags.Dtype,
-    device: str, revision: str | None, as_json: bool, trust_remote_code: bool,
+    again: str, model: str, wanted: Recipe, layers: str | None, start: flags.Start, dtype: flags.Dtype, device: str,
+    revision: str | None, as_json: bool, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Show a plan, and `again`, what writes it."""
     from linearize.conversion.estimates import estimate
@@ -139,7 +159,7 @@ def _plan(
 
     console = Console(as_json)
     planned = make_plan(
-        model, method=method, options=options, layers=layers, start=start.value, revision=revision,
+        model, method=wanted.method, options=wanted.options, layers=layers, start=start.value, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device).to_dict()}

@@ -92,9 +92,9 @@ def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int,
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         layer, every = attention.linearize_index, Calibration(inputs, target)
-        weighed, near = list[Weighed](), dict[str, Tensor]()
+        weighed, near = list[Weighed](), dict[frozenset[tuple[str, Any]], Tensor]()
         for name, own, parts in places:
-            slots = str(without_memory(own))
+            slots = frozenset(without_memory(own).items())
             if slots in near:  # what the memory of the same slots left out already
                 weighed.append(Weighed(name, own, parts[layer].mixer, near[slots]))
                 continue

@@ -35,7 +35,7 @@ from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, Stage
 from linearize.modeling.spec import is_causal
 from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
-from linearize.recipe import Recipe, recipe_of
+from linearize.recipe import Recipe, check_layout, recipe_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,7 +110,8 @@ def distill(
     plan, tokenizer = config["linearize"], AutoTokenizer.from_pretrained(directory)
     sources = (data,) if isinstance(data, str) else data
     told = {"data": sources, "recall": recall, "held_out": held_out, "seed": seed, "sequence": sequence, "batch": batch}
-    made = recipe_of(recipe, sets, plan["method"], options=plan["options"])
+    made = recipe_of(recipe, sets, plan["method"])
+    check_layout(made, plan)
     made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
     chosen = stages_for(made, stage, tokens)
     check_losses(chosen, plan["layers"])

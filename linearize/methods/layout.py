@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -69,6 +69,11 @@ def check_options(name: str, options: Mapping[str, Any] | None, start: str = CAL
     mentioned = {layer for key in options or {} if "@" in key for layer in listed_layers(key, key.partition("@")[2])}
     for layer in (None, *sorted(mentioned)):
         layout(name, options, start, layer)
+
+
+def alike(name: str, options: Mapping[str, Any], other: Mapping[str, Any], layers: Iterable[int]) -> bool:
+    """Whether both options make the same of these layers, however they are written."""
+    return all(layout(name, options, layer=layer) == layout(name, other, layer=layer) for layer in layers)
 
 
 def listed_layers(key: str, layers: str) -> list[int]:

@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from cli.tiny import Cli
 from linearize import methods
 from linearize.cli import console, units
+from linearize.conversion import convert
 from linearize.ranges import span
 
 
@@ -62,9 +63,15 @@ def test_what_a_plan_says_to_type_writes_that_plan(cli: Cli, model: Path, book: 
     assert json.loads((tmp_path / "made" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
-def test_a_recipe_says_method_and_options(cli: Cli, model: Path, book: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text('{method: lolcats, options: {window: 4, "window@1": 8}, sequence: 32, stages: {lora: {tokens: 64}}}')
+def test_a_recipe_says_method_and_options(
+    cli: Cli, model: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is held out. However they are written, other options are not those of the checkpoint."""
+    recipe, seen = tmp_path / "recipe.yaml", list[object]()
+    options, learns = '{window: 4, "window@1": 8}', "held_out: 30, sequence: 32, stages: {lora: {tokens: 64}}"
+    recipe.write_text(f"{{method: lolcats, options: {options}, {learns}}}")
+    ids = convert.calibration_ids
+    monkeypatch.setattr(convert, "calibration_ids", lambda *given: seen.append(given[-1]) or ids(*given))
     words = shlex.split(cli("plan", model, "--recipe", recipe, "--set", "window=6").out.split("to write it: ")[1])
     assert cli(*words[1:], "-o", tmp_path / "made", "--calibration", book).code == 0
     made = json.loads(cli("inspect", tmp_path / "made", "--json").out)
@@ -72,6 +79,8 @@ def test_a_recipe_says_method_and_options(cli: Cli, model: Path, book: Path, tmp
     said = cli("distill", tmp_path / "made", "--recipe", recipe, "--data", book)
     assert (said.code, "other options than the recipe's" in said.err) == (3, True)
     assert cli("convert", model, "--recipe", recipe, "-o", tmp_path / "own", "--calibration", book).code == 0
+    assert seen == [30, 30]
+    recipe.write_text(recipe.read_text().replace(options, '{"window@0": "4", window: 8, "window@1": 8}'))
     assert cli("distill", tmp_path / "own", "--recipe", recipe, "--data", book, "-o", tmp_path / "learnt").code == 0
 
 

@@ -35,8 +35,8 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Words]:
         Path(own[own.index("-o") + 1]).mkdir(parents=True)
 
     monkeypatch.setattr(script.subprocess, "run", run)
-    model, layout = write_model(tmp_path / "tiny"), tmp_path / "untrained"
-    flags = ["--attention", "2048", "--lora", "1024", "--data", "text.jsonl", "--model", str(model), "--layout", str(layout)]
+    model = write_model(tmp_path / "tiny")
+    flags = ["--attention", "2048", "--lora", "1024", "--data", "text.jsonl", "--model", str(model), "--layout"]
     (tmp_path / "all" / "lolcats-ours").mkdir(parents=True)
     monkeypatch.setattr("sys.argv", ["equal_tokens.py", str(tmp_path / "all"), *flags, "--documents", "3"])
     script.main()
@@ -72,7 +72,11 @@ def alike(stage: Stage) -> tuple[str, str, float, float]:
 
 
 def test_each_is_converted_as_it_is_called(typed: list[Words]) -> None:
-    for words in (words for words in typed if words[0] == "convert"):
+    every = [words for words in typed if words[0] == "convert"]
+    (recipe,) = (after(words, "--recipe") for words in every if "--recipe" in words)
+    (learns,) = (after(words, "--recipe") for words in typed if words[0] == "distill" and "--recipe" in words)
+    assert recipe == learns == [str(ROOT / "recipes" / "smollm2-5mb.yaml")]
+    for words in (words for words in every if "--recipe" not in words):
         name = Path(after(words, "-o")[0]).name.removesuffix("-untrained")
         options = dict(pair.split("=") for pair in after(words, "--set"))
         start = (after(words, "--start") or ["calibrated"])[0]
