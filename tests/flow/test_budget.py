@@ -178,16 +178,17 @@ def test_a_layer_whose_heads_differ_costs_what_its_mixer_does() -> None:
             return
         every = Calibration(inputs, target)
 
-        def weighed(options: Options) -> Weighed:
-            mixer = started(plans_of(plan, "default", options)[0], plan, every.part(rows.fitted), scores[0], 0)
+        def weighed(method: str, options: Options) -> Weighed:
+            mixer = started(plans_of(plan, method, options)[0], plan, every.part(rows.fitted), scores[0], 0)
             own = every.part(rows.measured)
             off = moved(mixer.combine(mixer.halves(own.inputs)), own.target, gradients[0], plan.shape.kv_heads)
-            return Weighed("default", options, mixer.spec, off)
+            return Weighed(method, options, mixer.spec, off)
 
         near = {"window": 16, "slot_score": "learned", "feature_dim": 8, **STORED}
-        found = [weighed({**near, "slots": slots, "slot_fade": fade}) for fade in (40.0, 0.0) for slots in (8, 24)]
+        some = [{**near, "slots": slots, "slot_fade": fade} for fade in (40.0, 0.0) for slots in (8, 24)]
+        found = [weighed("default", own) for own in some] + [weighed("window", without_memory(own)) for own in some]
         for choice in choices(0, found, plan.shape, rows):
-            real = weighed(choice.options)
+            real = weighed(choice.method, choice.options)
             assert not real.mixer.more_slots or real.mixer.more_fade == real.mixer.slot_fade, "a layer fades alike"
             told = (choice.bytes, choice.kl, choice.recall)
             pairs.append((told, (real.mixer.state_bytes(plan.shape), *cost(real.moved.sum(2), rows))))
