@@ -21,7 +21,7 @@ SLOTS = (64, 128, 256, 512, 1024, 2048, 3072)  # of a kv head; a layer may give 
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
 SLOW, LASTING = 0.15, 1024  # a fade for layers that look up what was said long ago; the only one of heads with more slots than that
 MEMORIES = (64,)  # windows with such a memory and no slots
-PLAIN = {"window": WINDOW, "slot_score": "learned", "feature_dim": NARROW}  # slots and what is behind them
+PLAIN = {"window": WINDOW, "slot_score": "learned", "slot_dtype": "int4", "feature_dim": NARROW}  # slots and what is behind them
 STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
 

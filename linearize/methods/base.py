@@ -40,6 +40,7 @@ AXES: dict[str, str] = {
     "active": "routed memories for each token",
     "state_dtype": "storage of the memory: float32 or bfloat16",
     "kv_dtype": "storage of exact keys and values: model (as computed) or int8",
+    "slot_dtype": "storage of those in slots: kv (as kv_dtype) or int4",
 }
 _AXIS_TYPES = {f.name: str(f.type).replace("tuple[int, ...]", "ints") for f in fields(MixerSpec)}
 

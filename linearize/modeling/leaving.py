@@ -18,7 +18,7 @@ from .places import Place
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
-from .storage import kept, opened
+from .storage import FOUR, kept, opened, rounded
 from .window import Keys, Part, Scores, attend
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
@@ -124,7 +124,10 @@ class Leaving(Far):
 
     def _admit(self, slots: Tokens, tokens: Tokens, valid: Tensor) -> Admission:
         score = slot_score(self.spec, tokens, self.slot_score)
-        return admit(slots, {**{n: x for n, x in tokens.items() if n != "scores"}, "score": score}, valid)
+        tokens = {name: x for name, x in tokens.items() if name != "scores"}
+        if self.spec.slots_apart:  # whether they stay or not: what becomes of them in a slot later is no other number
+            tokens |= {name: rounded(tokens[name], FOUR) for name in ("k", "v")}
+        return admit(slots, {**tokens, "score": score}, valid)
 
     def _admit_more(self, more: Tokens, admission: Admission) -> Admission:
         """What slots give up competes for the further ones of the heads that have them: together they hold the best of all."""
@@ -173,7 +176,7 @@ class Leaving(Far):
             if spec.slots:
                 admission = self._admit(held(parts(spec, state), dtype), tokens, valid)
                 after["slot_score"] = admission.slots["score"].to(state["slot_score"].dtype)
-                after.update({name: slotted(spec, after[name], x) for name, x in admission.slots.items() if name in FIELDS})
+                after.update(slotted(spec, after, {name: x for name, x in admission.slots.items() if name in FIELDS}))
                 further = self._admit_more(held(state, dtype, "more"), admission) if spec.more_slots else None
                 if further is not None:
                     after.update(kept_slots(further.slots, state, "more"))

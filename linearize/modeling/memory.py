@@ -12,8 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
-from .spec import SCALE_BYTES, MixerSpec, Shape
-from .storage import kept
+from .spec import SCALE_BYTES, MixerSpec, Shape, int4_width
+from .storage import EIGHT, FOUR, kept, opened
 from .window import ring_positions
 
 State = dict[str, Tensor]
@@ -25,9 +25,9 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
     """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row.
 
     Each field of a token that stays exact has one buffer (batch, heads, places, width): a ring of recent tokens, then slots in
-    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. Further slots of some heads have their own,
-    more_x (batch, those heads, places, width). What the mixer computes of tokens is kept in at
-    least fp32, as it is computed: rounded, one call and many would see other numbers.
+    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. Slots that are stored in another dtype have
+    buffers of their own, slot_x, and so have further slots of some heads, more_x (batch, those heads, places, width). What the
+    mixer computes of tokens is kept in at least fp32, as it is computed: rounded, one call and many would see other numbers.
     """
     kv, memories = shape.kv_heads, spec.memories(shape)
     wide = torch.promote_types(dtype, torch.float32)
@@ -38,8 +38,8 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
             state[name] = torch.full((batch, *size), value, dtype=dtype, device=device)
 
     if spec.has_near:
-        own, extra = (torch.int8, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
-        exact = spec.recent + spec.slots
+        own, extra = (EIGHT, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
+        exact = spec.recent + (0 if spec.slots_apart else spec.slots)
         add("k", kv, exact + spec.sinks, shape.head_dim + extra, dtype=own)
         add("v", kv, exact + spec.sinks, shape.value_dim + extra, dtype=own)
         if spec.coverage == "older":
@@ -49,10 +49,13 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
                 add(name, memories, exact, width, dtype=wide)
         add("scores", kv, spec.recent, spec.scores, dtype=wide)
         add("slot_score", kv, spec.slots, dtype=wide, value=-torch.inf)
-        for name in FIELDS if spec.more_slots else ():
-            if name in state and name != "scores":
-                like, heads = state[name], state[name].shape[1] // kv * len(spec.more_heads)
-                add(f"more_{name}", heads, spec.more_slots, like.shape[3], dtype=like.dtype)
+        for name in (x for x in FIELDS if x in state and x != "scores"):
+            stored, width, share = state[name].dtype, state[name].shape[3], state[name].shape[1] // kv
+            if spec.slots_apart and name in ("k", "v"):
+                stored, width = FOUR, int4_width(width - extra)
+            if spec.slots_apart:
+                add(f"slot_{name}", kv * share, spec.slots, width, dtype=stored)
+            add(f"more_{name}", len(spec.more_heads) * share, spec.more_slots, width, dtype=stored)
         add("more_score", len(spec.more_heads), spec.more_slots, dtype=wide, value=-torch.inf)
     if spec.has_far:
         own = torch.bfloat16 if spec.state_dtype == "bfloat16" else wide
@@ -73,27 +76,39 @@ def parts(spec: MixerSpec, state: State) -> State:
             found[name] = x
             continue
         found[f"recent_{name}"] = x[:, :, : spec.recent]
-        if spec.slots and name != "scores":
+        if spec.slots and not spec.slots_apart and name != "scores":
             found[f"slot_{name}"] = x[:, :, spec.recent : spec.recent + spec.slots]
         if spec.sinks and name in ("k", "v"):
-            found[f"sink_{name}"] = x[:, :, spec.recent + spec.slots :]
+            found[f"sink_{name}"] = x[:, :, -spec.sinks :]
     return found
 
 
-def whole(found: State) -> State:
+def whole(spec: MixerSpec, found: State) -> State:
     """The state whose `parts` these are, none of them kept alive by a view."""
-    taken = {f"{place}_{name}" for place in PLACES for name in FIELDS}
+    places = [place for place in PLACES if place != "slot" or not spec.slots_apart]
+    taken = {f"{place}_{name}" for place in places for name in FIELDS}
     state = {name: x for name, x in found.items() if name not in taken}
     for name in FIELDS:
-        pieces = [found[f"{place}_{name}"] for place in PLACES if f"{place}_{name}" in found]
+        pieces = [found[f"{place}_{name}"] for place in places if f"{place}_{name}" in found]
         if pieces:
             state[name] = torch.cat(pieces, dim=2)
     return state
 
 
-def slotted(spec: MixerSpec, buffer: Tensor, slots: Tensor) -> Tensor:
-    """A buffer (B, h, L, D) with other slots (B, h, m, D)."""
-    return torch.slice_scatter(buffer, kept(slots, buffer.dtype), 2, spec.recent, spec.recent + spec.slots)
+def slotted(spec: MixerSpec, state: State, slots: State) -> State:
+    """The buffers of a state that hold its slots, with other slots (B, h, m, D)."""
+    if spec.slots_apart:
+        return {f"slot_{name}": kept(x, state[f"slot_{name}"].dtype) for name, x in slots.items()}
+    begin, end = spec.recent, spec.recent + spec.slots
+    return {name: torch.slice_scatter(state[name], kept(x, state[name].dtype), 2, begin, end) for name, x in slots.items()}
+
+
+def exact(spec: MixerSpec, state: State, name: str, dtype: torch.dtype) -> Tensor:
+    """Keys or values at all exact places but further ones, [ring | slots | sinks]: (B, G, L, D)."""
+    x = opened(state[name], dtype)
+    if not spec.slots_apart:
+        return x
+    return torch.cat([x[:, :, : spec.recent], opened(state[f"slot_{name}"], dtype), x[:, :, spec.recent :]], dim=2)
 
 
 def chronological(ring: Tensor, count: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from .far_mass import FarMass
 from .far_output import FarOutput
 from .gates import Projection
 from .leaving import Leaving, Queries
-from .memory import State, chronological, empty_state, fill_sinks, parts, refill, stored, whole
+from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
 from .places import Place, Places
 from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
-from .storage import kept, opened, rounded
+from .storage import EIGHT, kept, opened, rounded
 from .window import Part, Scores, entered, near_chunked, near_step, received_step
 
 
@@ -103,6 +103,8 @@ class Mixer(Leaving):
         spec.validate()
         if any(head >= shape.kv_heads for head in spec.more_heads):
             raise ValueError(f"more_heads names kv head {max(spec.more_heads)}, and there are {shape.kv_heads}, from 0 on")
+        if spec.slots_apart and (shape.head_dim % 2 or shape.value_dim % 2):
+            raise ValueError("slot_dtype 'int4' packs two channels in a byte, and a head has an odd number of them: take 'kv'")
         super().__init__(spec, shape)
         self.groups = shape.heads // shape.kv_heads
         self.ablate: str | None = None  # "far", "near" or "slots": that part is left out
@@ -148,7 +150,7 @@ class Mixer(Leaving):
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
         q, k, v = (take(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
         if spec.kv_dtype == "int8":
-            k, v = rounded(k), rounded(v)
+            k, v = rounded(k, EIGHT), rounded(v, EIGHT)
         lengths = None if rows is None else rows.lengths
         if place is not None:
             position = place.position
@@ -205,8 +207,8 @@ class Mixer(Leaving):
             if spec.slots:
                 empty = after["slot_score"] == (after["slot_score"] if self.ablate == "slots" else -torch.inf)
                 hidden = hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
-            exact = (opened(after["k"], s.q.dtype), opened(after["v"], s.q.dtype))
-            near, weights = near_step(queries.near, *exact, hidden, score)
+            k, v = (exact(spec, after, name, s.q.dtype) for name in ("k", "v"))
+            near, weights = near_step(queries.near, k, v, hidden, score)
             if spec.more_slots and self.ablate != "slots":
                 near = self.with_more(near, queries.near, after, score)
             if spec.scores_attention:
@@ -238,8 +240,8 @@ class Mixer(Leaving):
                 )
             near = self._near(queries.near, s, before, joined, after, score, state is None)
             if self.takes_leavers or spec.slots:
-                exact, read = self.leave(queries, joined, before, after)
-                near = self._joined(near, exact)
+                slots, read = self.leave(queries, joined, before, after)
+                near = self._joined(near, slots)
         if spec.has_far and spec.coverage == "all":
             valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
             entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, valid)
@@ -253,7 +255,7 @@ class Mixer(Leaving):
             held = f"recent_{name}"
             after[held] = refill(x, spec.recent, count, after["count"], before[held].dtype)
         after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
-        return halves, whole(after)
+        return halves, whole(spec, after)
 
     def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
         spec, sinks = self.spec, self._sinks(s, before, after)
@@ -274,8 +276,8 @@ class Mixer(Leaving):
         after["sink_k"], after["sink_v"] = kept(k, before["sink_k"].dtype), kept(v, before["sink_v"].dtype)
         return k, v
 
-    def _joined(self, near: Part, exact: Part | None) -> Part:
-        return near if exact is None or self.ablate == "slots" else near.join(exact)
+    def _joined(self, near: Part, slots: Part | None) -> Part:
+        return near if slots is None or self.ablate == "slots" else near.join(slots)
 
     # ---- merge ----
 

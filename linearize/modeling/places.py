@@ -14,11 +14,11 @@ from .window import ring_positions, visible
 
 
 class Place:
-    """For a token after `count` (B,) others, over the places of the exact buffers, [ring | slots | sinks]:
+    """For a token after `count` (B,) others, over the exact places, [ring | slots | sinks]:
 
-    position (B, 1); `fresh` (B, 1, L, 1) the places that the token itself takes; `hidden` (B, 1, 1, L) those that its query does
-    not see, slots apart; `distance` (B, 1, 1, R) back to the keys of the ring. Of the tokens that leave the window at this
-    moment: their `leaving` places in the ring and `old` positions (B, block), and which of them are `valid`.
+    position (B, 1); `fresh` (B, 1, L, 1) the places of the buffers that the token itself takes; `hidden` (B, 1, 1, L) those
+    that its query does not see, slots apart; `distance` (B, 1, 1, R) back to the keys of the ring. Of the tokens that leave the
+    window at this moment: their `leaving` places in the ring and `old` positions (B, block), and which of them are `valid`.
     """
 
     def __init__(self, spec: MixerSpec, count: Tensor) -> None:
@@ -27,13 +27,14 @@ class Place:
             return
         ring, sinks = (torch.arange(size, device=count.device) for size in (spec.recent, spec.sinks))
         slots = torch.zeros(len(count), spec.slots, dtype=torch.bool, device=count.device)
+        inside = slots[:, :0] if spec.slots_apart else slots  # of the buffers
         offsets = torch.arange(spec.block, device=count.device)
         self.leaving = (self.position + offsets) % spec.recent
         self.old = self.position - spec.recent + offsets
         self.valid = self.old >= spec.sinks
         if spec.block > 1:
             self.valid = self.valid & (self.position % spec.block == 0)
-        self.fresh = torch.cat([self.leaving[:, :1] == ring, slots, self.position == sinks], dim=1)[:, None, :, None]
+        self.fresh = torch.cat([self.leaving[:, :1] == ring, inside, self.position == sinks], dim=1)[:, None, :, None]
         key = ring_positions(self.after, spec.recent)
         unseen = torch.cat([~visible(spec, self.position, key), slots, self.position < sinks], dim=1)
         self.hidden, self.distance = unseen[:, None, None], (self.position - key)[:, None, None]
@@ -55,7 +56,7 @@ class Places:
         self.found: dict[tuple[object, ...], Place] = {}
 
     def of(self, spec: MixerSpec, count: Tensor) -> Place:
-        window = (spec.has_near, spec.window, spec.window_kind, spec.sinks, spec.slots)
+        window = (spec.has_near, spec.window, spec.window_kind, spec.sinks, spec.slots, spec.slots_apart)
         place = self.found.get(window)
         if place is None or place.count is not count:
             place = self.found[window] = Place(spec, count)

@@ -25,6 +25,7 @@ NORMS = ("none", "rms", "group")
 OUT_GATES = ("none", "silu", "sigmoid")
 STATE_DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("model", "int8")
+SLOT_DTYPES = ("kv", "int4")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "rule": RULES,
@@ -41,11 +42,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "out_gate": OUT_GATES,
     "state_dtype": STATE_DTYPES,
     "kv_dtype": KV_DTYPES,
+    "slot_dtype": SLOT_DTYPES,
 }
 WHOLE_NUMBERS = (
     "window", "sinks", "slots", "more_slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
 )  # fmt: skip
 SCALE_BYTES = 2  # behind the codes of a vector in int8
+BLOCK = 32  # channels that share their bounds in int4
+BOUNDS_BYTES = 4  # least and greatest of a block, in bf16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -112,6 +116,7 @@ class MixerSpec:
     conv_silu: bool = False  # SiLU after it
     state_dtype: str = "float32"
     kv_dtype: str = "model"  # of exact keys and values: as the model computes them, or int8 with a scale a token and head
+    slot_dtype: str = "kv"  # of those in slots: as the exact ones, or int4 with bounds a token, head and 32 channels
     causal: bool = True  # false: an encoder's layer, whose tokens all enter the memory before any of them reads it
 
     @classmethod
@@ -152,6 +157,11 @@ class MixerSpec:
     def block(self) -> int:
         """How many tokens leave the window together."""
         return 1 if self.window_kind == "sliding" else self.window
+
+    @property
+    def slots_apart(self) -> bool:
+        """Slots are stored in another dtype than the window, so in buffers of their own."""
+        return self.slot_dtype != "kv"
 
     def memories(self, shape: Shape) -> int:
         return shape.kv_heads if self.share_kv else shape.heads
@@ -223,15 +233,16 @@ class MixerSpec:
         """Bytes of one sequence's state in one layer, for a model whose activations take `dtype_bytes` each."""
         if not self.causal:
             return 0  # an encoder reads each text once and carries nothing on
-        widths = shape.head_dim + shape.value_dim
-        kv = shape.kv_heads * (widths * dtype_bytes if self.kv_dtype == "model" else widths + 2 * SCALE_BYTES)
+        widths = (shape.head_dim, shape.value_dim)
+        kv = shape.kv_heads * sum(x * dtype_bytes if self.kv_dtype == "model" else x + SCALE_BYTES for x in widths)
+        slot = shape.kv_heads * sum(map(int4_width, widths)) if self.slots_apart else kv
         extra = sum(self.kept_far(shape).values()) * shape.kv_heads * 4
         extra += sum(self.arrivals(shape).values()) * self.memories(shape) * 4
         extra = extra if self.coverage == "older" else 0
         total = 8  # the count of real tokens
         if self.has_near:
             total += (self.sinks + self.recent) * kv + self.recent * (extra + self.scores * shape.kv_heads * 4)
-            exact = kv + extra + shape.kv_heads * 4  # and a score
+            exact = slot + extra + shape.kv_heads * 4  # and a score
             total += self.slots * exact + self.more_slots * len(self.more_heads) * exact // shape.kv_heads
         if self.has_far:
             memories = self.memories(shape) * (self.experts + 1)
@@ -263,3 +274,8 @@ def plan_spec(plan: Mapping[str, Any], layer: Mapping[str, Any]) -> tuple[MixerS
 def is_causal(plan: Mapping[str, Any]) -> bool:
     """Whether a plan is a decoder's, which predicts the next token; else it is an encoder's."""
     return all(layer["mixer"].get("causal", True) for layer in plan["layers"])
+
+
+def int4_width(channels: int) -> int:
+    """Bytes of a vector in int4: two channels a byte, and the bounds of its blocks."""
+    return channels // 2 + -(-channels // BLOCK) * BOUNDS_BYTES

@@ -31,6 +31,7 @@ def _near(s: Any) -> list[Rule]:
         ),
         (not s.has_near and s.kv_dtype != "model", "kv_dtype is that of exact tokens, and merge 'far' has none"),
         (not s.slots and s.slot_score != "attention", "a slot_score needs slots"),
+        (not s.slots and s.slot_dtype != "kv", "slot_dtype is that of tokens in slots: set slots"),
         (bool(s.more_slots) != bool(s.more_heads), "more_slots and more_heads, the kv heads that have them, go together"),
         (bool(s.more_slots) and not s.slots, "more_slots take what slots give up: set slots"),
         (len({head for head in s.more_heads if head >= 0}) < len(s.more_heads), "more_heads names each kv head once, from 0 on"),

@@ -1,4 +1,8 @@
-"""How exact keys and values are stored: as the model computes them, or in 8 bits a channel with one scale a token and head."""
+"""How exact keys and values are stored: as the model computes them, in 8 bits a channel, or, in slots, in 4.
+
+What is rounded where it arrives is stored and read without any further loss, so one call and many see the same numbers: `kept` of
+what `opened` gives is the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +12,68 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .spec import SCALE_BYTES
+from .spec import BLOCK, BOUNDS_BYTES, SCALE_BYTES
 
 LEVELS = 127
+STEPS = 15  # between the bounds of a block in int4
+EIGHT, FOUR = torch.int8, torch.uint8  # what a state's dtype says of its storage
 
 
-def rounded(x: Tensor) -> Tensor:
-    """x (..., D) as 8 bits hold it: s round(x / s), s = max |x| / 127 in bf16; the gradient passes straight through.
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., D) as `dtype` holds it, int8 or uint8 (int4); the gradient passes straight through.
 
-    What is rounded on arrival is stored and read without any further loss, so one call and many see the same numbers.
+    int8: s round(x / s), s = max |x| / 127 in bf16. int4, in blocks of 32 channels: lo + c (hi - lo) / 15, c = 0 .. 15 the
+    nearest, lo and hi the least and the greatest x in bf16 (as Q4_1 of GGUF).
     """
-    codes, scale = _codes(x.detach())
-    return x + (codes * scale - x.detach())
-
-
-def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / LEVELS).to(torch.bfloat16).to(x.dtype)
-    return (x / torch.where(scale > 0, scale, 1.0)).round().clamp(-LEVELS, LEVELS), scale
+    return opened(kept(x, dtype), x.dtype) + (x - x.detach())
 
 
 def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., D) as a state of that dtype keeps it: int8 codes with their scale (..., D + 2), or cast."""
-    if dtype != torch.int8:
+    """x (..., D) as a state of that dtype keeps it: int8 codes and their scale (..., D + 2), int4's packed, or cast."""
+    if dtype == FOUR:
+        return _packed(x.detach())
+    if dtype != EIGHT:
         return x.to(dtype)
-    codes, scale = _codes(x.detach())
-    return torch.cat([codes.to(torch.int8), scale.to(torch.bfloat16).contiguous().view(torch.int8)], dim=-1)
+    x = x.detach()
+    scale = (x.abs().amax(-1, keepdim=True) / LEVELS).to(torch.bfloat16)
+    wide = scale.to(x.dtype)
+    codes = (x / torch.where(wide > 0, wide, 1.0)).round().clamp(-LEVELS, LEVELS)
+    return torch.cat([codes.to(EIGHT), scale.contiguous().view(EIGHT)], dim=-1)
 
 
 def opened(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a state keeps, in the dtype of the computation: (..., D)."""
-    if x.dtype != torch.int8:
+    if x.dtype == FOUR:
+        return _unpacked(x, dtype)
+    if x.dtype != EIGHT:
         return x.to(dtype)
     scale = x[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).to(dtype)
     return x[..., :-SCALE_BYTES].to(dtype) * scale
+
+
+def _packed(x: Tensor) -> Tensor:
+    """(..., D / 2 + 4 blocks): channel c in the low half of byte c, c + D / 2 in the high one; then each block's two bounds.
+
+    The least channel of a block has code 0 and the greatest 15, whatever bf16 makes of the bounds, so that these are found again.
+    """
+    channels = x.shape[-1]
+    short = -channels % BLOCK
+    filled = x if not short else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], short)], dim=-1)
+    blocks = filled.unflatten(-1, (-1, BLOCK))
+    least, greatest = blocks.aminmax(dim=-1, keepdim=True)
+    bounds = torch.cat([least, greatest], dim=-1).to(torch.bfloat16)
+    low, high = bounds.to(x.dtype).split(1, dim=-1)
+    step = (high - low) / STEPS
+    codes = ((blocks - low) / torch.where(step > 0, step, 1.0)).round().clamp(0, STEPS)
+    codes = codes.masked_fill((blocks == greatest) & (step > 0), STEPS).masked_fill(blocks == least, 0)
+    first, second = codes.flatten(-2)[..., :channels].to(FOUR).chunk(2, dim=-1)
+    return torch.cat([first | (second << 4), bounds.flatten(-2).contiguous().view(FOUR)], dim=-1)
+
+
+def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
+    whole, rest = divmod(x.shape[-1], BLOCK // 2 + BOUNDS_BYTES)
+    half = (BLOCK // 2) * whole + max(rest - BOUNDS_BYTES, 0)
+    codes = torch.cat([x[..., :half] & STEPS, x[..., :half] >> 4], dim=-1)
+    bounds = x[..., half:].contiguous().view(torch.bfloat16).to(dtype).unflatten(-1, (-1, 2))
+    low, high = (bounds[..., side].repeat_interleave(BLOCK, dim=-1)[..., : 2 * half] for side in (0, 1))
+    return torch.lerp(low, high, codes.to(dtype) / STEPS)  # exact at both ends

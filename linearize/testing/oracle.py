@@ -38,6 +38,7 @@ class Document:
         self.plain_q, self.plain_k = self.plain(self.q, inputs.raw_q, row, at), self.plain(self.k, inputs.raw_k, row, at)
         if self.spec.kv_dtype == "int8":
             self.k, self.v = eight_bits(self.k), eight_bits(self.v)
+        self.slot_k, self.slot_v = (four_bits(x) if self.spec.slot_dtype == "int4" else x for x in (self.k, self.v))
         self.time, self.heads, self.kv_heads = len(at), len(self.q), len(self.k)
         self.exact: list[list[list[int]]] = []  # for each time and kv head, the tokens in its slots
         self.entered: list[list[int]] = [[] for _ in range(self.kv_heads)]  # in order of entry
@@ -48,6 +49,10 @@ class Document:
             self.far_k = self.activated(self.convolved(own_k, mixer.conv_k))
             far_v = self.convolved(self.v, mixer.conv_v)
             self.far_v = self.activated(far_v) if self.spec.conv_v else far_v
+            self.entry_k, self.entry_v = self.far_k, self.far_v
+            if self.spec.coverage == "older":  # what slots give up goes on as they had it
+                self.entry_k = self.slot_k if self.spec.far_rope and not self.spec.conv else self.far_k
+                self.entry_v = self.far_v if self.spec.conv and self.spec.conv_v else self.slot_v
             made = gates(self)
             self.memories = [Memory(self, m, made) for m in range(mixer.memories)]
 
@@ -103,12 +108,16 @@ class Document:
 
     def near(self) -> tuple[Tensor, Tensor, Tensor]:
         """sum_j e^(s_j - top) v_j, sum_j e^(s_j - top), top = max_j s_j over sinks, window and slots; top carries no gradient."""
-        seen = self.seen().expand(self.heads, -1, -1).clone()
+        seen = self.seen().expand(self.heads, -1, -1)
+        slotted = torch.zeros_like(seen).clone()
         for t, exact in enumerate(self.exact):
             for h in range(self.heads):
-                seen[h, t, exact[h * self.kv_heads // self.heads]] = True
-        numerator, weights, top = self.attention(seen)
-        denominator = weights.sum(-1)
+                slotted[h, t, exact[h * self.kv_heads // self.heads]] = True
+        parts = (self.attention(seen, self.k, self.v), self.attention(slotted, self.slot_k, self.slot_v))
+        top = torch.maximum(parts[0][2], parts[1][2])
+        (one, own), (two, other) = ((numerator, (own - top).exp()) for numerator, _, own in parts)
+        numerator = one * own[..., None] + two * other[..., None]
+        denominator = parts[0][1].sum(-1) * own + parts[1][1].sum(-1) * other
         if self.mixer.null is not None:
             null = self.mixer.null[:, None]
             new = torch.maximum(top, null.detach().max(-1).values)
@@ -116,14 +125,15 @@ class Document:
             return numerator * factor[..., None], denominator * factor + (null - new[..., None]).exp().sum(-1), new
         return numerator, denominator, top
 
-    def attention(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attention(self, seen: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same three of one set of tokens, which may be empty: the weights e^(s - top) (H, T, T) for their sum."""
         repeats = self.heads // self.kv_heads
-        scores = torch.einsum("htd,hjd->htj", self.q, self.k.repeat_interleave(repeats, 0)) * self.score.scale
+        scores = torch.einsum("htd,hjd->htj", self.q, k.repeat_interleave(repeats, 0)) * self.score.scale
         if self.score.softcap is not None:
             scores = self.score.softcap * torch.tanh(scores / self.score.softcap)
         top = scores.detach().masked_fill(~seen, -torch.inf).max(-1).values
-        weights = (scores - top[..., None]).exp() * seen
-        return weights @ self.v.repeat_interleave(repeats, 0), weights, top
+        weights = (scores.masked_fill(~seen, -torch.inf) - top.clamp(min=torch.finfo(top.dtype).min)[..., None]).exp()
+        return weights @ v.repeat_interleave(repeats, 0), weights, top
 
     def seen(self) -> Tensor:
         """Which tokens (T queries, T keys) sinks and window show."""
@@ -203,7 +213,7 @@ class Document:
 
     def received(self) -> Tensor:
         """The largest share of attention (G, T) that a token got from a query of its group more than w // 8 away."""
-        weights = self.attention(self.seen().expand(self.heads, -1, -1))[1].detach()
+        weights = self.attention(self.seen().expand(self.heads, -1, -1), self.k, self.v)[1].detach()
         shares = weights / weights.sum(-1, keepdim=True)
         t, j = torch.arange(self.time)[:, None], torch.arange(self.time)
         far = (t - j > self.spec.window // 8) & (j >= self.spec.sinks)
@@ -278,6 +288,17 @@ def eight_bits(x: Tensor) -> Tensor:
     """Vectors of x (..., D) in 255 steps of their own size, which is a bf16 number; the gradient does not see it."""
     step = (x.detach().abs().max(-1, keepdim=True).values / 127).bfloat16().to(x)
     near = torch.where(step == 0, 0.0, (x.detach() / step).round().clamp(-127, 127) * step)
+    return x + near - x.detach()
+
+
+def four_bits(x: Tensor) -> Tensor:
+    """Each 32 channels of x (..., D) in 15 steps from their least to their greatest, in bf16; the gradient does not see it."""
+    near = x.detach().clone()
+    for begin in range(0, x.shape[-1], 32):
+        block = near[..., begin : begin + 32]
+        low, high = (end.bfloat16().to(x)[..., None] for end in (block.min(-1).values, block.max(-1).values))
+        share = torch.where(high == low, 0.0, ((block - low) / (high - low) * 15).round().clamp(0, 15) / 15)
+        near[..., begin : begin + 32] = low * (1 - share) + high * share
     return x + near - x.detach()
 
 

@@ -55,8 +55,8 @@ class Memory:
         self.doc, self.spec, self.mixer, self.index = doc, doc.spec, doc.mixer, m
         self.source = m * doc.kv_heads // doc.mixer.memories
         self.made = {name: x[m] for name, x in made.items()}
-        keys = doc.far_k[torch.arange(doc.mixer.memories) * doc.kv_heads // doc.mixer.memories]
-        self.phi = doc.mixer.map_k(keys[None], torch.arange(doc.time)[None])[0, m]
+        sources, at = torch.arange(doc.mixer.memories) * doc.kv_heads // doc.mixer.memories, torch.arange(doc.time)[None]
+        self.phi, self.before = (doc.mixer.map_k(keys[sources][None], at)[0, m] for keys in (doc.entry_k, doc.far_k))
         rows, columns = self.spec.rows(doc.mixer.shape), doc.v.shape[-1]
         if self.spec.decay == "complex":
             rows //= 2
@@ -66,20 +66,20 @@ class Memory:
         self.mass = [torch.zeros(rows, dtype=kind) for _ in range(copies)]
         self.keys = [torch.zeros(rows, self.phi.shape[-1], dtype=kind) for _ in range(copies)]  # of rule 'slots'
 
-    def key(self, j: int) -> Tensor:
-        own: Tensor = self.phi[j]
+    def key(self, j: int, entered: bool = True) -> Tensor:
+        own: Tensor = (self.phi if entered else self.before)[j]
         if self.spec.gate_key in ("complement", "balance"):
             forgotten = 1 - self.made["gate"][j].exp()
             return forgotten if self.spec.gate_key == "complement" else own * forgotten
         return own * self.made["step"][j] if self.spec.gate_key == "step" else own
 
     def own_key(self, j: int) -> Tensor:
-        """The key under which token j would ask for its own value."""
-        return self.unit_key(j) if self.spec.rule == "delta" else self.key(j)
+        """The key under which token j would ask for its own value, as it is before it enters."""
+        return self.unit_key(j, entered=False) if self.spec.rule == "delta" else self.key(j, entered=False)
 
-    def unit_key(self, j: int) -> Tensor:
+    def unit_key(self, j: int, entered: bool = True) -> Tensor:
         """Of length one, by the feature map or by the delta rule."""
-        return self.key(j) if self.spec.feature_map == "unit" else unit(self.key(j))
+        return self.key(j, entered) if self.spec.feature_map == "unit" else unit(self.key(j, entered))
 
     def enter(self, j: int) -> None:
         route = self.made.get("route")
@@ -88,7 +88,7 @@ class Memory:
                 self._update(e, j)
 
     def _update(self, e: int, j: int) -> None:
-        v, key = self.doc.far_v[self.source, j], self.key(j)
+        v, key = self.doc.entry_v[self.source, j], self.key(j)
         alpha = self.made["gate"][j].exp() if "gate" in self.made else torch.ones(1, dtype=v.dtype)
         if "angle" in self.made:
             alpha = torch.polar(alpha.double(), self.made["angle"][j].double())

@@ -28,6 +28,8 @@ VARIED: tuple[dict[str, Any], ...] = (
     {"window_kind": "sliding", "share_kv": True, "slots": 3},
     {"window_kind": "terraced", "share_kv": True, "slots": 3, "slot_score": "learned", "kv_dtype": "int8"},
     {"window_kind": "sliding", "share_kv": True, "slots": 2, "more_slots": 3, "more_heads": (0,), "slot_score": "learned"},
+    {"window_kind": "sliding", "share_kv": True, "slots": 2, "more_slots": 3, "more_heads": (0,), "kv_dtype": "int8",
+     "slot_dtype": "int4"},
 )  # fmt: skip
 
 
