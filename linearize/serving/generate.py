@@ -22,6 +22,11 @@ from linearize.serving.nucleus import Nucleus
 
 PREFILL_CHUNK = 2048
 KV_BYTES = 2  # a softmax cache in 16 bits
+OF_NO_PAST = {  # what a generation config may say that does not look at the tokens before
+    "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "use_cache",
+    "output_attentions", "output_hidden_states",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,15 +119,19 @@ class Generator:
     def stream(self, ids: Tensor, cache: Any, settings: Settings) -> Iterator[str]:
         """Pieces of text that follow `ids` (T,), the first of which the cache holds; afterwards `sequence` is all of it.
 
-        Penalties of the generation config count all of `ids`, so they are given whole; as a tensor, they take 8 bytes each.
+        generate() is given the last chunk of `ids`, since it copies what it has at every token; the whole where penalties of the
+        generation config count them.
         """
         self._stop = _Stop()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         known, began = cache.get_seq_length(), time.monotonic()
         self.sequence = ids  # what was there before is let go of: it is as long
-        inputs = ids[None].to(self.model.device)
-        mask = torch.ones_like(inputs, dtype=torch.bool)
-        last = known + (len(ids) - known - 1) // PREFILL_CHUNK * PREFILL_CHUNK  # generate() reads the last chunk
+        last = known + (len(ids) - known - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+        first = 0 if self.model.generation_config.to_diff_dict().keys() - OF_NO_PAST else last
+        inputs = ids[None, first:].to(self.model.device)
+        mask = torch.ones(
+            1, len(ids), dtype=torch.bool, device=inputs.device
+        )  # longer than the inputs: the cache has read the rest
         positions = torch.arange(last, len(ids), device=inputs.device)[None]  # it would number all of a long talk at every token
 
         def work() -> Tensor:
@@ -137,7 +146,7 @@ class Generator:
                         stopping_criteria=StoppingCriteriaList([self._stop]),
                         pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id, **settings.to_generate(),
                     )  # fmt: skip
-                return sequences[0].cpu()
+                return torch.cat([ids[:first], sequences[0].cpu()])
             except BaseException:
                 streamer.end()  # whoever reads waits for it
                 raise

@@ -88,13 +88,22 @@ def test_a_turn_reads_what_is_new(folder: Path, template: str | None, monkeypatc
     assert talk.session.last["context"] > 20 * longest / 2
 
 
+@pytest.mark.parametrize("penalty", [1.5, None], ids=["penalty", "no penalty"])
 @pytest.mark.parametrize("template", [TEMPLATE, TRIMMED, None], ids=["template", "trimmed", "no template"])
-def test_the_state_is_that_of_the_talk(folder: Path, template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers as from a new cache that reads all of what the talk's one has read."""
-    talk = Watched(folder, monkeypatch, template)
-    talk.model.generation_config.repetition_penalty = 1.5  # of all that was said
+def test_the_state_is_that_of_the_talk(
+    folder: Path, template: str | None, penalty: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers as from a new cache that reads all that the talk's has read; generate() is given no more than it needs."""
+    talk, given = Watched(folder, monkeypatch, template), list[int]()
+    talk.model.generation_config.repetition_penalty = penalty  # of all that was said
+    generate = talk.model.generate
+    monkeypatch.setattr(talk.model, "generate", lambda ids, **more: (given.append(ids.shape[1]), generate(ids, **more))[1])
     for words in WORDS:
         said = talk.asked(words)
+        unread = talk.session.last["prefill_tokens"]
+        whole = talk.session.last["context"] - GREEDY.max_tokens
+        assert given[-1] == (whole if penalty else unread)
+        assert unread < whole or words == WORDS[0]
         assert said.endswith(f"\nUser: {words}\nAssistant:" if template is None and words != WORDS[0] else asking(words, template))
         if template is TRIMMED and words != WORDS[0]:
             assert f"assistant\n{talk.session.history[-3]['content'].strip()[:3]}<|end|>\n<|start|>user" in said
