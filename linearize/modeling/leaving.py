@@ -172,15 +172,10 @@ class Leaving(Far):
             after["scores"] = self._score_recent(state, far, dtype)
         tokens: Tokens = {}
         if spec.block == 1 or bool(valid.any()):
-            tokens = {name: opened(place.take(after[name]), dtype) for name in FIELDS if name in after}
+            stored_tokens = {name: place.take(after[name]) for name in FIELDS if name in after}
+            tokens = {name: opened(x, dtype) for name, x in stored_tokens.items()}
             if spec.slots:
-                admission = self._admit(held(parts(spec, state), dtype), tokens, valid)
-                after["slot_score"] = admission.slots["score"].to(state["slot_score"].dtype)
-                after.update(slotted(spec, after, {name: x for name, x in admission.slots.items() if name in FIELDS}))
-                further = self._admit_more(held(state, dtype, "more"), admission) if spec.more_slots else None
-                if further is not None:
-                    after.update(kept_slots(further.slots, state, "more"))
-                tokens, valid = self._out_of_all(admission, further)
+                tokens, valid = self._admit_stored(stored_tokens, tokens, state, after, valid)
         if far is None or queries.far is None:
             return None
         position = place.old
@@ -189,6 +184,21 @@ class Leaving(Far):
         read, far = self._enter(tokens, valid, position, queries.far, far, queries.route, one=True)
         after["far"] = stored(far, state["far"].dtype, after["count"])
         return read
+
+    def _admit_stored(self, rows: Tokens, tokens: Tokens, state: State, after: State, valid: Tensor) -> tuple[Tokens, Tensor]:
+        """What no slot keeps of leaving tokens, `rows` as the ring stores them; those in slots are not opened."""
+        spec, dtype = self.spec, tokens["k"].dtype
+        score = slot_score(spec, tokens, self.slot_score).to(state["slot_score"].dtype)
+        if spec.slots_apart:
+            rows = rows | {name: kept(tokens[name], FOUR) for name in ("k", "v")}
+        rows = {name: x for name, x in rows.items() if name != "scores"} | {"score": score}
+        admission = admit(held(parts(spec, state)), rows, valid)
+        after.update(slotted(spec, after, admission.slots))
+        further = self._admit_more(held(state, place="more"), admission) if spec.more_slots else None
+        if further is not None:
+            after.update({f"more_{name}": x for name, x in further.slots.items()})
+        lost, out = self._out_of_all(admission, further)
+        return {name: opened(x, dtype) for name, x in lost.items()}, out
 
     def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
         """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
@@ -221,10 +231,10 @@ class Leaving(Far):
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
 
 
-def held(state: State, dtype: torch.dtype, place: str = "slot") -> Tokens:
-    """The slots' tokens, or the further ones'; their scores keep their own dtype."""
-    names = [name.removeprefix(f"{place}_") for name in state if name.startswith(f"{place}_")]
-    return {n: state[f"{place}_{n}"] if n == "score" else opened(state[f"{place}_{n}"], dtype) for n in names}
+def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") -> Tokens:
+    """The slots' tokens, or the further ones', opened in a dtype or as they are stored; their scores keep their own dtype."""
+    found = {name.removeprefix(f"{place}_"): x for name, x in state.items() if name.startswith(f"{place}_")}
+    return {name: x if name == "score" or dtype is None else opened(x, dtype) for name, x in found.items()}
 
 
 def kept_slots(slots: Tokens, state: State, place: str = "slot") -> State:

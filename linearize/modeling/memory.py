@@ -96,11 +96,12 @@ def whole(spec: MixerSpec, found: State) -> State:
 
 
 def slotted(spec: MixerSpec, state: State, slots: State) -> State:
-    """The buffers of a state that hold its slots, with other slots (B, h, m, D)."""
+    """The buffers of a state that hold its slots, with other slots (B, h, m, D), stored as it stores them, and their score."""
     if spec.slots_apart:
-        return {f"slot_{name}": kept(x, state[f"slot_{name}"].dtype) for name, x in slots.items()}
+        return {f"slot_{name}": x for name, x in slots.items()}
     begin, end = spec.recent, spec.recent + spec.slots
-    return {name: torch.slice_scatter(state[name], kept(x, state[name].dtype), 2, begin, end) for name, x in slots.items()}
+    found = {name: torch.slice_scatter(state[name], x, 2, begin, end) for name, x in slots.items() if name != "score"}
+    return found | {"slot_score": slots["score"]}
 
 
 def exact(spec: MixerSpec, state: State, name: str, dtype: torch.dtype) -> Tensor:
