@@ -65,7 +65,7 @@ def _packed(x: Tensor) -> Tensor:
     low, high = bounds.to(x.dtype).split(1, dim=-1)
     step = (high - low) / STEPS
     codes = ((blocks - low) / torch.where(step > 0, step, 1.0)).round().clamp(0, STEPS)
-    codes = codes.masked_fill((blocks == greatest) & (step > 0), STEPS).masked_fill(blocks == least, 0)
+    codes = codes.masked_fill(blocks == greatest, STEPS).masked_fill((blocks == least) | (step == 0), 0)
     first, second = codes.flatten(-2)[..., :channels].to(FOUR).chunk(2, dim=-1)
     return torch.cat([first | (second << 4), bounds.flatten(-2).contiguous().view(FOUR)], dim=-1)
 
