@@ -122,18 +122,8 @@ def plan(
     chosen = "".join(f" {flag} {shlex.quote(value)}" for flag, values in flagged.items() for value in values if value)
     chosen += " --trust-remote-code" if trust_remote_code else ""
     again = f"linearize convert {shlex.quote(model)}{chosen}"
-    _plan(
-        again,
-        model,
-        recipe_of_flags(recipe, method, set_ or ()),
-        layers,
-        start,
-        dtype,
-        device,
-        revision,
-        as_json,
-        trust_remote_code,
-    )
+    wanted = recipe_of_flags(recipe, method, set_ or ())
+    _plan(again, model, wanted, layers, start, dtype, device, revision, as_json, trust_remote_code)
 
 
 def recipe_of_flags(path: Path | None, method: str, pairs: Iterable[str]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 try:
@@ -99,7 +100,7 @@ class Leaving(Far):
                 begins = (frame.query[:, start] < after["count"]) & (start >= frame.offset)
                 own["scores"] = self._recalled(own, position, begins, far)
                 scores.append(own["scores"])
-            admission = self._admit(slots, own, valid)
+            admission = admit(slots, self._competing(own, own, rounded), valid)
             slots, part = admission.slots, self._slot_part(near[..., block, :], admission, queries.score)
             further = self._admit_more(more, admission) if more else None
             if further is not None:
@@ -122,12 +123,12 @@ class Leaving(Far):
         part = Part(frame.back(numerator), *(frame.back(x[..., None])[..., 0] for x in (denominator, top)))
         return part, frame.back(torch.cat(reads, dim=3)) if reads else None
 
-    def _admit(self, slots: Tokens, tokens: Tokens, valid: Tensor) -> Admission:
-        score = slot_score(self.spec, tokens, self.slot_score)
-        tokens = {name: x for name, x in tokens.items() if name != "scores"}
-        if self.spec.slots_apart:  # whether they stay or not: what becomes of them in a slot later is no other number
-            tokens |= {name: rounded(tokens[name], FOUR) for name in ("k", "v")}
-        return admit(slots, {**tokens, "score": score}, valid)
+    def _competing(self, tokens: Tokens, rows: Tokens, store: Callable[[Tensor, torch.dtype], Tensor]) -> Tokens:
+        """Tokens that leave as slots take them, with their score: `rows` of them, brought to the slots' own dtype by `store`."""
+        found = {name: x for name, x in rows.items() if name != "scores"}
+        if self.spec.slots_apart:  # whether they stay or not: what slots give up later is what they were given
+            found |= {name: store(tokens[name], FOUR) for name in ("k", "v")}
+        return {**found, "score": slot_score(self.spec, tokens, self.slot_score)}
 
     def _admit_more(self, more: Tokens, admission: Admission) -> Admission:
         """What slots give up competes for the further ones of the heads that have them: together they hold the best of all."""
@@ -172,10 +173,10 @@ class Leaving(Far):
             after["scores"] = self._score_recent(state, far, dtype)
         tokens: Tokens = {}
         if spec.block == 1 or bool(valid.any()):
-            stored_tokens = {name: place.take(after[name]) for name in FIELDS if name in after}
-            tokens = {name: opened(x, dtype) for name, x in stored_tokens.items()}
+            rows = {name: place.take(after[name]) for name in FIELDS if name in after}
+            tokens = {name: opened(x, dtype) for name, x in rows.items()}
             if spec.slots:
-                tokens, valid = self._admit_stored(stored_tokens, tokens, state, after, valid)
+                tokens, valid = self._admit_step(self._competing(tokens, rows, kept), state, after, valid, dtype)
         if far is None or queries.far is None:
             return None
         position = place.old
@@ -185,13 +186,9 @@ class Leaving(Far):
         after["far"] = stored(far, state["far"].dtype, after["count"])
         return read
 
-    def _admit_stored(self, rows: Tokens, tokens: Tokens, state: State, after: State, valid: Tensor) -> tuple[Tokens, Tensor]:
-        """What no slot keeps of leaving tokens, `rows` as the ring stores them; those in slots are not opened."""
-        spec, dtype = self.spec, tokens["k"].dtype
-        score = slot_score(spec, tokens, self.slot_score).to(state["slot_score"].dtype)
-        if spec.slots_apart:
-            rows = rows | {name: kept(tokens[name], FOUR) for name in ("k", "v")}
-        rows = {name: x for name, x in rows.items() if name != "scores"} | {"score": score}
+    def _admit_step(self, rows: Tokens, state: State, after: State, valid: Tensor, dtype: torch.dtype) -> tuple[Tokens, Tensor]:
+        """What no slot keeps of tokens that leave, opened. They compete as they are stored: those in slots are not opened."""
+        spec = self.spec
         admission = admit(held(parts(spec, state)), rows, valid)
         after.update(slotted(spec, after, admission.slots))
         further = self._admit_more(held(state, place="more"), admission) if spec.more_slots else None
