@@ -129,9 +129,7 @@ class Generator:
         last = known + (len(ids) - known - 1) // PREFILL_CHUNK * PREFILL_CHUNK
         first = 0 if self.model.generation_config.to_diff_dict().keys() - OF_NO_PAST else last
         inputs = ids[None, first:].to(self.model.device)
-        mask = torch.ones(
-            1, len(ids), dtype=torch.bool, device=inputs.device
-        )  # longer than the inputs: the cache has read the rest
+        mask = torch.ones(1, len(ids), dtype=torch.bool, device=inputs.device)  # of what the cache has read too
         positions = torch.arange(last, len(ids), device=inputs.device)[None]  # it would number all of a long talk at every token
 
         def work() -> Tensor:
