@@ -14,7 +14,7 @@ except ImportError as error:
 from .far import Far
 from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
-from .memory import FIELDS, State, parts, slotted, stored
+from .memory import FIELDS, State, stored
 from .places import Place
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
@@ -126,7 +126,7 @@ class Leaving(Far):
     def _competing(self, tokens: Tokens, rows: Tokens, store: Callable[[Tensor, torch.dtype], Tensor]) -> Tokens:
         """Tokens that leave as slots take them, with their score: `rows` of them, brought to the slots' own dtype by `store`."""
         found = {name: x for name, x in rows.items() if name != "scores"}
-        if self.spec.slots_apart:  # whether they stay or not: what slots give up later is what they were given
+        if self.spec.slot_dtype == "int4":  # whether they stay or not: what slots give up later is what they were given
             found |= {name: store(tokens[name], FOUR) for name in ("k", "v")}
         return {**found, "score": slot_score(self.spec, tokens, self.slot_score)}
 
@@ -188,10 +188,9 @@ class Leaving(Far):
 
     def _admit_step(self, rows: Tokens, state: State, after: State, valid: Tensor, dtype: torch.dtype) -> tuple[Tokens, Tensor]:
         """What no slot keeps of tokens that leave, opened. They compete as they are stored: those in slots are not opened."""
-        spec = self.spec
-        admission = admit(held(parts(spec, state)), rows, valid)
-        after.update(slotted(spec, after, admission.slots))
-        further = self._admit_more(held(state, place="more"), admission) if spec.more_slots else None
+        admission = admit(held(state), rows, valid)
+        after.update({f"slot_{name}": x for name, x in admission.slots.items()})
+        further = self._admit_more(held(state, place="more"), admission) if self.spec.more_slots else None
         if further is not None:
             after.update({f"more_{name}": x for name, x in further.slots.items()})
         lost, out = self._out_of_all(admission, further)

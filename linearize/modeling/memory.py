@@ -18,16 +18,15 @@ from .window import ring_positions
 
 State = dict[str, Tensor]
 FIELDS = ("k", "v", "far_k", "far_v", "gate", "beta", "route", "scores")  # of a token that stays exact
-PLACES = ("recent", "slot", "sink")
 
 
 def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> State:
     """All tensors that the spec needs, first dimension the batch; `count` (B,) counts the real tokens of each row.
 
-    Each field of a token that stays exact has one buffer (batch, heads, places, width): a ring of recent tokens, then slots in
-    order of their tokens' age, then, of k and v, sinks; `parts` takes them apart. Slots that are stored in another dtype have
-    buffers of their own, slot_x, and so have further slots of some heads, more_x (batch, those heads, places, width). What the
-    mixer computes of tokens is kept in at least fp32, as it is computed: rounded, one call and many would see other numbers.
+    Each field of a token that stays exact has one buffer (batch, heads, places, width): a ring of recent tokens, then, of k and v,
+    sinks; `parts` takes them apart. Slots, in order of their tokens' age, have their own, slot_x, and further slots of some heads
+    more_x (batch, those heads, places, width). What the mixer computes of tokens is kept in at least fp32, as it is computed:
+    rounded, one call and many would see other numbers.
     """
     kv, memories = shape.kv_heads, spec.memories(shape)
     wide = torch.promote_types(dtype, torch.float32)
@@ -39,22 +38,20 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
 
     if spec.has_near:
         own, extra = (EIGHT, SCALE_BYTES) if spec.kv_dtype == "int8" else (dtype, 0)
-        exact = spec.recent + (0 if spec.slots_apart else spec.slots)
-        add("k", kv, exact + spec.sinks, shape.head_dim + extra, dtype=own)
-        add("v", kv, exact + spec.sinks, shape.value_dim + extra, dtype=own)
+        add("k", kv, spec.recent + spec.sinks, shape.head_dim + extra, dtype=own)
+        add("v", kv, spec.recent + spec.sinks, shape.value_dim + extra, dtype=own)
         if spec.coverage == "older":
             for name, width in spec.kept_far(shape).items():
-                add(name, kv, exact, width, dtype=wide)
+                add(name, kv, spec.recent, width, dtype=wide)
             for name, width in spec.arrivals(shape).items():
-                add(name, memories, exact, width, dtype=wide)
+                add(name, memories, spec.recent, width, dtype=wide)
         add("scores", kv, spec.recent, spec.scores, dtype=wide)
         add("slot_score", kv, spec.slots, dtype=wide, value=-torch.inf)
         for name in (x for x in FIELDS if x in state and x != "scores"):
             stored, width, share = state[name].dtype, state[name].shape[3], state[name].shape[1] // kv
-            if spec.slots_apart and name in ("k", "v"):
+            if spec.slot_dtype == "int4" and name in ("k", "v"):
                 stored, width = FOUR, int4_width(width - extra)
-            if spec.slots_apart:
-                add(f"slot_{name}", kv * share, spec.slots, width, dtype=stored)
+            add(f"slot_{name}", kv * share, spec.slots, width, dtype=stored)
             add(f"more_{name}", len(spec.more_heads) * share, spec.more_slots, width, dtype=stored)
         add("more_score", len(spec.more_heads), spec.more_slots, dtype=wide, value=-torch.inf)
     if spec.has_far:
@@ -69,45 +66,33 @@ def empty_state(spec: MixerSpec, shape: Shape, batch: int, dtype: torch.dtype, d
 
 
 def parts(spec: MixerSpec, state: State) -> State:
-    """The state with each buffer taken apart, as views: recent_x, slot_x, sink_x."""
+    """The state with the buffers of ring and sinks taken apart, as views: recent_x, sink_x."""
     found: State = {}
     for name, x in state.items():
         if name not in FIELDS:
             found[name] = x
             continue
         found[f"recent_{name}"] = x[:, :, : spec.recent]
-        if spec.slots and not spec.slots_apart and name != "scores":
-            found[f"slot_{name}"] = x[:, :, spec.recent : spec.recent + spec.slots]
         if spec.sinks and name in ("k", "v"):
-            found[f"sink_{name}"] = x[:, :, -spec.sinks :]
+            found[f"sink_{name}"] = x[:, :, spec.recent :]
     return found
 
 
-def whole(spec: MixerSpec, found: State) -> State:
+def whole(found: State) -> State:
     """The state whose `parts` these are, none of them kept alive by a view."""
-    places = [place for place in PLACES if place != "slot" or not spec.slots_apart]
-    taken = {f"{place}_{name}" for place in places for name in FIELDS}
+    taken = {f"{place}_{name}" for place in ("recent", "sink") for name in FIELDS}
     state = {name: x for name, x in found.items() if name not in taken}
     for name in FIELDS:
-        pieces = [found[f"{place}_{name}"] for place in places if f"{place}_{name}" in found]
+        pieces = [found[f"{place}_{name}"] for place in ("recent", "sink") if f"{place}_{name}" in found]
         if pieces:
             state[name] = torch.cat(pieces, dim=2)
     return state
 
 
-def slotted(spec: MixerSpec, state: State, slots: State) -> State:
-    """The buffers of a state that hold its slots, with other slots (B, h, m, D), stored as it stores them, and their score."""
-    if spec.slots_apart:
-        return {f"slot_{name}": x for name, x in slots.items()}
-    begin, end = spec.recent, spec.recent + spec.slots
-    found = {name: torch.slice_scatter(state[name], x, 2, begin, end) for name, x in slots.items() if name != "score"}
-    return found | {"slot_score": slots["score"]}
-
-
 def exact(spec: MixerSpec, state: State, name: str, dtype: torch.dtype) -> Tensor:
     """Keys or values at all exact places but further ones, [ring | slots | sinks]: (B, G, L, D)."""
     x = opened(state[name], dtype)
-    if not spec.slots_apart:
+    if not spec.slots:
         return x
     return torch.cat([x[:, :, : spec.recent], opened(state[f"slot_{name}"], dtype), x[:, :, spec.recent :]], dim=2)
 

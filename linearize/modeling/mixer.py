@@ -103,7 +103,7 @@ class Mixer(Leaving):
         spec.validate()
         if any(head >= shape.kv_heads for head in spec.more_heads):
             raise ValueError(f"more_heads names kv head {max(spec.more_heads)}, and there are {shape.kv_heads}, from 0 on")
-        if spec.slots_apart and (shape.head_dim % 2 or shape.value_dim % 2):
+        if spec.slot_dtype == "int4" and (shape.head_dim % 2 or shape.value_dim % 2):
             raise ValueError("slot_dtype 'int4' packs two channels in a byte, and a head has an odd number of them: take 'kv'")
         super().__init__(spec, shape)
         self.groups = shape.heads // shape.kv_heads
@@ -255,7 +255,7 @@ class Mixer(Leaving):
             held = f"recent_{name}"
             after[held] = refill(x, spec.recent, count, after["count"], before[held].dtype)
         after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
-        return halves, whole(spec, after)
+        return halves, whole(after)
 
     def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
         spec, sinks = self.spec, self._sinks(s, before, after)

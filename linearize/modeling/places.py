@@ -27,14 +27,13 @@ class Place:
             return
         ring, sinks = (torch.arange(size, device=count.device) for size in (spec.recent, spec.sinks))
         slots = torch.zeros(len(count), spec.slots, dtype=torch.bool, device=count.device)
-        inside = slots[:, :0] if spec.slots_apart else slots  # of the buffers
         offsets = torch.arange(spec.block, device=count.device)
         self.leaving = (self.position + offsets) % spec.recent
         self.old = self.position - spec.recent + offsets
         self.valid = self.old >= spec.sinks
         if spec.block > 1:
             self.valid = self.valid & (self.position % spec.block == 0)
-        self.fresh = torch.cat([self.leaving[:, :1] == ring, inside, self.position == sinks], dim=1)[:, None, :, None]
+        self.fresh = torch.cat([self.leaving[:, :1] == ring, self.position == sinks], dim=1)[:, None, :, None]
         key = ring_positions(self.after, spec.recent)
         unseen = torch.cat([~visible(spec, self.position, key), slots, self.position < sinks], dim=1)
         self.hidden, self.distance = unseen[:, None, None], (self.position - key)[:, None, None]
@@ -56,7 +55,7 @@ class Places:
         self.found: dict[tuple[object, ...], Place] = {}
 
     def of(self, spec: MixerSpec, count: Tensor) -> Place:
-        window = (spec.has_near, spec.window, spec.window_kind, spec.sinks, spec.slots, spec.slots_apart)
+        window = (spec.has_near, spec.window, spec.window_kind, spec.sinks, spec.slots)
         place = self.found.get(window)
         if place is None or place.count is not count:
             place = self.found[window] = Place(spec, count)

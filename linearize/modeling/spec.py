@@ -158,11 +158,6 @@ class MixerSpec:
         """How many tokens leave the window together."""
         return 1 if self.window_kind == "sliding" else self.window
 
-    @property
-    def slots_apart(self) -> bool:
-        """Slots are stored in another dtype than the window, so in buffers of their own."""
-        return self.slot_dtype != "kv"
-
     def memories(self, shape: Shape) -> int:
         return shape.kv_heads if self.share_kv else shape.heads
 
@@ -235,7 +230,7 @@ class MixerSpec:
             return 0  # an encoder reads each text once and carries nothing on
         widths = (shape.head_dim, shape.value_dim)
         kv = shape.kv_heads * sum(x * dtype_bytes if self.kv_dtype == "model" else x + SCALE_BYTES for x in widths)
-        slot = shape.kv_heads * sum(map(int4_width, widths)) if self.slots_apart else kv
+        slot = shape.kv_heads * sum(map(int4_width, widths)) if self.slot_dtype == "int4" else kv
         extra = sum(self.kept_far(shape).values()) * shape.kv_heads * 4
         extra += sum(self.arrivals(shape).values()) * self.memories(shape) * 4
         extra = extra if self.coverage == "older" else 0

@@ -199,5 +199,5 @@ def test_a_rate_forgets_what_is_old() -> None:
         learned.rate.data.fill_(rate)
         _, state = mixer(inputs, empty_state(SPEC, tiny_shape(), 1, torch.float32, torch.device("cpu")), keep=True)
         assert state is not None
-        slots = state["k"][:, :, SPEC.window : SPEC.window + SPEC.slots]
+        slots = state["slot_k"]
         assert torch.equal(slots, inputs.k[:, :, list(expected)])
