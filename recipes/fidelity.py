@@ -3,10 +3,10 @@
     text     whole held-out documents: perplexity at 1,024 tokens by kind of text, at 3,072-4,096 and to 8,192 of long ones
     recall   pass-key at 1k, 2k, 4k; S-NIAH 1-3 and multi-key at 1k, 2k, in essays that are held out too; what the model writes
 
-of teacher, student, student without a part (to 1,024 tokens), window and sinks of the same bytes, and every CONTROL (a linearized
-checkpoint, or a folder of transformers'), on the same tokens and prompts. Intervals are 95%: documents drawn again, in pairs for
-every ratio, and prompts likewise for every difference; of a share of prompts, Wilson's. `--held-out` is what `linearize distill
---held-out` was.
+of teacher, student, student without a part (to 1,024 tokens, or all of them: `--beyond`), window and sinks of the same bytes, and
+every CONTROL (a linearized checkpoint, or a folder of transformers'), on the same tokens and prompts. Intervals are 95%: documents
+drawn again, in pairs for every ratio, and prompts likewise for every difference; of a share of prompts, Wilson's. `--held-out` is
+what `linearize distill --held-out` was.
 """
 
 from __future__ import annotations
@@ -302,6 +302,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--few", action="store_true", help="teacher, student and controls alone: nothing switched off, no bare window"
     )
+    parser.add_argument(
+        "--beyond", nargs="*", default=[], metavar="PART", help="parts that are switched off beyond 1,024 tokens too, as far slots"
+    )
     parser.add_argument("--tasks", type=tasks, default=RECALL, help="what is asked, as pass-key:4096,s-niah-2:2048 (default: all)")
     parser.add_argument(
         "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
@@ -333,7 +336,8 @@ def main() -> None:
     chosen = passages(tokenizer, docs, kinds, args.documents, args.longest, args.segments)
     places, sums, recall = {}, dict[str, Sums](), list[dict[str, Any]]()
     same_bytes = [v.name for v in variants if v.name.endswith("alone")][-1:]
-    rivals = {"teacher", "student", *same_bytes, *(d.name for d in args.controls)}
+    off = (v.name for v in variants if v.name.endswith(" off") and any(part in v.name for part in args.beyond))
+    rivals = {"teacher", "student", *same_bytes, *off, *(d.name for d in args.controls)}
     if "text" in args.parts:
         places, sums = measure_text(variants, chosen, rivals, args.seed)
     if "recall" in args.parts:

@@ -70,8 +70,8 @@ def compare(variants: list[Variant], rows: Packed | Sequence[Packed], report: Ca
 
     Rows of one document are read in chunks, all variants side by side, so that logits of one chunk are held at a time.
     """
-    sums = [Sums() for _ in variants]
-    measured = [i for i, v in enumerate(variants) if v.same_as is None]
+    sums, names = [Sums() for _ in variants], [v.name for v in variants]
+    measured = [i for i, v in enumerate(variants) if v.same_as not in names]
     texts = list(singles(rows))
     chunks = [list(chunked(row)) for row in texts]
     done, total = 0, sum(map(len, chunks)) * len(measured)
@@ -92,8 +92,7 @@ def compare(variants: list[Variant], rows: Packed | Sequence[Packed], report: Ca
                 _add(sums[i].rows[-1], logits, reference, targets.to(logits.device), positions)
                 done += 1
                 report(done, total)
-    names = [v.name for v in variants]
-    return [s if v.same_as is None else sums[names.index(v.same_as)] for v, s in zip(variants, sums, strict=True)]
+    return [sums[names.index(v.same_as)] if v.same_as in names else s for v, s in zip(variants, sums, strict=True)]
 
 
 def singles(rows: Packed | Sequence[Packed]) -> Iterator[Packed]:

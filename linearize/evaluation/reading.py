@@ -23,7 +23,7 @@ class Variant:
     model: nn.Module
     context: Context = nullcontext
     state_bytes: int | None = None
-    same_as: str | None = None  # another variant that computes the very same: measured once
+    same_as: str | None = None  # another variant that computes the very same: where both are asked for, measured once
 
 
 class Reader:

@@ -88,6 +88,11 @@ def test_one_command_fills_the_table(
     assert "| student, window off |" in said
     assert "| pass-key at 4,096, share of the answer |" in said
     assert f"{places['256-512']['rows']['student']['ratio']:.3f} [" in said
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", str(folder), *flags, "--parts", "text", "--beyond", "far"])
+    recipe.main()
+    late = json.loads((tmp_path / "out.json").read_text())["text"]["512-1,024"]["rows"]
+    assert late.keys() == places["512-1,024"]["rows"].keys() - {"made", "tiny"} | {"student, far memory off"}
+    assert late["student, far memory off"] != late["student"] == places["512-1,024"]["rows"]["student"]
     monkeypatch.setattr(sys, "argv", ["fidelity.py", str(folder), *flags, "--parts", "text", "--few"])
     recipe.main()
     few = json.loads((tmp_path / "out.json").read_text())
