@@ -27,7 +27,6 @@ from linearize.modeling.attention import LinearizedAttention
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import MixerSpec, Shape
-from linearize.modeling.spec_rules import FADE
 from linearize.progress import Progress
 from linearize.ranges import span
 
@@ -152,10 +151,9 @@ def choices(layer: int, weighed: Sequence[Weighed], shape: Shape, rows: Rows) ->
         for heads in gaining(few, many, rows):
             chosen = torch.zeros(shape.kv_heads, dtype=torch.bool, device=few.moved.device)
             chosen[list(heads)] = True
-            more, fade = many.mixer.slots - few.mixer.slots, many.mixer.slot_fade
-            mixer = replace(few.mixer, more_slots=more, more_heads=heads, more_fade=fade)
+            more = many.mixer.slots - few.mixer.slots
+            mixer = replace(few.mixer, more_slots=more, more_heads=heads)
             options = {**few.options, "more_slots": more, "more_heads": span(heads)}
-            options |= {"more_fade": fade} if fade != FADE else {}
             costs = cost(torch.where(chosen, many.moved, few.moved).sum(2), rows)
             yield Choice(layer, few.method, options, mixer.state_bytes(shape), *costs)
 

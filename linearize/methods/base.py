@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from linearize.errors import InputError
 from linearize.modeling.spec import CHOICES, MixerSpec, Shape
-from linearize.modeling.spec_rules import FADE
 from linearize.ranges import listed
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ AXES: dict[str, str] = {
     "more_slots": "further ones of some kv heads",
     "more_heads": "these kv heads, as in 0,2-3",
     "slot_score": "which tokens get them: attention, recall, product, norm or learned",
-    "more_fade": "slot_fade of these heads",
     "slot_fade": "nats that a learnt score loses in 1,024 tokens; 0 is none",
     "share_kv": "one memory for each kv head: a state H/G times smaller",
     "far_rope": "queries and keys of the memory keep RoPE",
@@ -167,7 +165,7 @@ def moved(spec: MixerSpec, axes: Mapping[str, Any]) -> MixerSpec:
         new = replace(new, coverage="older", window=max(new.window, 1), **kind)
     if spec.has_near and spec.has_far and not new.window:
         new = replace(
-            new, merge="far", coverage="all", window=0, sinks=0, slots=0, more_slots=0, more_heads=(), more_fade=FADE,
+            new, merge="far", coverage="all", window=0, sinks=0, slots=0, more_slots=0, more_heads=(),
             slot_score="attention", null_logits=0, kv_dtype="model", far_mass="none", learned_weights=False, far_weight=None,
         )  # fmt: skip
     return replace(new, **{key: value for key, value in axes.items() if key in ("merge", "coverage", "far_mass")})

@@ -63,10 +63,9 @@ class ScoreFit:
 
 
 def set_rates(mixer: Mixer) -> None:
-    """The scores of each kv head fade as the spec says."""
+    """Scores fade as the spec says, in all kv heads alike."""
     if mixer.slot_score is not None:
-        fades = [mixer.spec.more_fade if g in mixer.spec.more_heads else mixer.spec.slot_fade for g in range(mixer.shape.kv_heads)]
-        mixer.slot_score.rate.data.copy_(torch.tensor(fades) / FADE_TOKENS)
+        mixer.slot_score.rate.data.fill_(mixer.spec.slot_fade / FADE_TOKENS)
 
 
 def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calibration) -> tuple[Tensor, Tensor]:

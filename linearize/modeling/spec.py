@@ -100,7 +100,6 @@ class MixerSpec:
     slots: int = 0  # exact places for tokens that left the window
     more_slots: int = 0  # further ones of `more_heads`, for what their slots give up
     more_heads: tuple[int, ...] = ()  # kv heads
-    more_fade: float = FADE  # as slot_fade, in these heads
     slot_score: str = "attention"
     slot_fade: float = FADE  # nats in 1,024 tokens by which a learnt score falls behind those of newer tokens
     null_logits: int = 0  # learned logits that enter the near denominator alone

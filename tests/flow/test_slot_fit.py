@@ -71,7 +71,7 @@ def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypat
 
 @pytest.mark.parametrize("fade", [0.0, 0.75])
 def test_the_fit_is_the_least_squares_one(fade: float) -> None:
-    spec = replace(SPEC, slot_fade=fade, more_slots=2, more_heads=(1,), more_fade=2 * fade)
+    spec = replace(SPEC, slot_fade=fade, more_slots=2, more_heads=(1,))
     mixer, given, fit = random_mixer(spec, dtype=torch.float32), calibration(), ScoreFit(spec, tiny_shape())
     for row in range(3):  # in parts it is the fit of all
         fit.add(given.part(slice(row, row + 1)))
@@ -91,7 +91,7 @@ def test_the_fit_is_the_least_squares_one(fade: float) -> None:
         learned: Any = mixer.slot_score
         fitted = torch.cat([learned.up[head], learned.bias[head : head + 1], learned.attention[head]]).double()
         assert torch.allclose(fitted, least[:, 0], atol=1e-3)
-        assert float(learned.rate[head].detach()) == pytest.approx((1 + head) * fade / FADE_TOKENS)
+        assert float(learned.rate[head].detach()) == pytest.approx(fade / FADE_TOKENS)
 
 
 def test_rows_that_are_too_short_leave_the_attention_that_a_token_got() -> None:
