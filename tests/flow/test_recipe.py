@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.tiny import TEXT, write_model
+from cli.tiny import ROOT, TEXT, write_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from linearize.conversion.convert import convert
+from linearize.conversion.plan import plan_for
+from linearize.conversion.sources import Source
 from linearize.distillation.merging import merge
 from linearize.distillation.run import distill
 from linearize.errors import InputError, LinearizeError, UsageError
@@ -111,3 +114,18 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1,\nb: 2", encoding="utf-8")
     with pytest.raises(InputError, match=r"not YAML: .*bad.yaml:2"):
         read(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_at_hand(path: Path) -> None:
+    """Each makes a layout of a model of SmolLM2's shape, all layers of it, whose state is 5 MB at most and two stages teach."""
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, architectures=["LlamaForCausalLM"]
+    )
+    recipe = recipe_of(read(path))
+    plan = plan_for(Source("x", "x", "memory", None, config.to_dict()), recipe.method, None, recipe.options, "calibrated")
+    assert len(plan.parts) == 30
+    assert plan.state_bytes <= 5_000_000
+    assert [stage.kind for stage in recipe.stages] == ["attention", "lora"]
+    assert sum(stage.tokens for stage in recipe.stages) <= 2_000_000
+    assert any(mixer.has_near for mixer in plan.mixers) != ("windowless" in path.stem)
