@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 try:
@@ -19,7 +18,7 @@ from .places import Place
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
-from .storage import FOUR, kept, opened, rounded
+from .storage import FOUR, Change, fields, kept, opened, pair, rounded
 from .window import Keys, Part, Scores, attend
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
@@ -123,11 +122,11 @@ class Leaving(Far):
         part = Part(frame.back(numerator), *(frame.back(x[..., None])[..., 0] for x in (denominator, top)))
         return part, frame.back(torch.cat(reads, dim=3)) if reads else None
 
-    def _competing(self, tokens: Tokens, rows: Tokens, store: Callable[[Tensor, torch.dtype], Tensor]) -> Tokens:
+    def _competing(self, tokens: Tokens, rows: Tokens, store: Change) -> Tokens:
         """Tokens that leave as slots take them, with their score: `rows` of them, brought to the slots' own dtype by `store`."""
         found = {name: x for name, x in rows.items() if name != "scores"}
         if self.spec.slot_dtype == "int4":  # whether they stay or not: what slots give up later is what they were given
-            found |= {name: store(tokens[name], FOUR) for name in ("k", "v")}
+            found["k"], found["v"] = pair(store, tokens["k"], tokens["v"], FOUR)
         return {**found, "score": slot_score(self.spec, tokens, self.slot_score)}
 
     def _admit_more(self, more: Tokens, admission: Admission) -> Admission:
@@ -174,7 +173,7 @@ class Leaving(Far):
         tokens: Tokens = {}
         if spec.block == 1 or bool(valid.any()):
             rows = {name: place.take(after[name]) for name in FIELDS if name in after}
-            tokens = {name: opened(x, dtype) for name, x in rows.items()}
+            tokens = fields(opened, rows, dtype)
             if spec.slots:
                 tokens, valid = self._admit_step(self._competing(tokens, rows, kept), state, after, valid, dtype)
         if far is None or queries.far is None:
@@ -194,7 +193,7 @@ class Leaving(Far):
         if further is not None:
             after.update({f"more_{name}": x for name, x in further.slots.items()})
         lost, out = self._out_of_all(admission, further)
-        return {name: opened(x, dtype) for name, x in lost.items()}, out
+        return fields(opened, lost, dtype), out
 
     def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
         """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
@@ -230,7 +229,10 @@ class Leaving(Far):
 def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") -> Tokens:
     """The slots' tokens, or the further ones', opened in a dtype or as they are stored; their scores keep their own dtype."""
     found = {name.removeprefix(f"{place}_"): x for name, x in state.items() if name.startswith(f"{place}_")}
-    return {name: x if name == "score" or dtype is None else opened(x, dtype) for name, x in found.items()}
+    if dtype is None or not found:
+        return found
+    score = found.pop("score")
+    return {**fields(opened, found, dtype), "score": score}
 
 
 def kept_slots(slots: Tokens, state: State, place: str = "slot") -> State:

@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
 from .spec import SCALE_BYTES, MixerSpec, Shape, int4_width
-from .storage import EIGHT, FOUR, kept, opened
+from .storage import EIGHT, FOUR, kept, opened, pair
 from .window import ring_positions
 
 State = dict[str, Tensor]
@@ -89,12 +89,17 @@ def whole(found: State) -> State:
     return state
 
 
-def exact(spec: MixerSpec, state: State, name: str, dtype: torch.dtype) -> Tensor:
-    """Keys or values at all exact places but further ones, [ring | slots | sinks]: (B, G, L, D)."""
-    x = opened(state[name], dtype)
+def exact(spec: MixerSpec, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values at all exact places but further ones, [ring | slots | sinks]: (B, G, L, D), (B, G, L, V)."""
+    k, v = pair(opened, state["k"], state["v"], dtype)
     if not spec.slots:
-        return x
-    return torch.cat([x[:, :, : spec.recent], opened(state[f"slot_{name}"], dtype), x[:, :, spec.recent :]], dim=2)
+        return k, v
+    slot_k, slot_v = pair(opened, state["slot_k"], state["slot_v"], dtype)
+
+    def around(x: Tensor, slots: Tensor) -> Tensor:
+        return torch.cat([x[:, :, : spec.recent], slots, x[:, :, spec.recent :]], dim=2)
+
+    return around(k, slot_k), around(v, slot_v)
 
 
 def chronological(ring: Tensor, count: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
-from .storage import EIGHT, kept, opened, rounded
+from .storage import EIGHT, kept, opened, pair, rounded
 from .window import Part, Scores, entered, near_chunked, near_step, received_step
 
 
@@ -201,13 +201,15 @@ class Mixer(Leaving):
         if spec.has_near:
             if self.takes_leavers or spec.slots:
                 read = self.leave_step(queries, state, after, place)
-            for name, x in self._held(s).items():
+            new = self._held(s)
+            new["k"], new["v"] = pair(kept, new["k"], new["v"], state["k"].dtype)
+            for name, x in new.items():
                 after[name] = place.put(after[name], x)
             hidden = place.hidden
             if spec.slots:
                 empty = after["slot_score"] == (after["slot_score"] if self.ablate == "slots" else -torch.inf)
                 hidden = hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
-            k, v = (exact(spec, after, name, s.q.dtype) for name in ("k", "v"))
+            k, v = exact(spec, after, s.q.dtype)
             near, weights = near_step(queries.near, k, v, hidden, score)
             if spec.more_slots and self.ablate != "slots":
                 near = self.with_more(near, queries.near, after, score)

@@ -9,7 +9,6 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .spec import MixerSpec
-from .storage import kept
 from .window import ring_positions, visible
 
 
@@ -39,8 +38,8 @@ class Place:
         self.hidden, self.distance = unseen[:, None, None], (self.position - key)[:, None, None]
 
     def put(self, buffer: Tensor, new: Tensor) -> Tensor:
-        """A buffer (B, h, L or fewer, D) with the new token (B, h, 1, D) in its places."""
-        return torch.where(self.fresh[:, :, : buffer.shape[2]], kept(new, buffer.dtype), buffer)
+        """A buffer (B, h, L or fewer, D) with the new token (B, h, 1, D), as it is stored, in its places."""
+        return torch.where(self.fresh[:, :, : buffer.shape[2]], new.to(buffer.dtype), buffer)
 
     def take(self, buffer: Tensor) -> Tensor:
         """What the tokens that leave hold in a buffer (B, h, L, D), before the new one is put: (B, h, block, D)."""

@@ -39,7 +39,8 @@ class Admission:
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """Tokens x (B, h, N, .) or (B, h, N) at index (B, G, n), h a multiple of G."""
-    index = index.repeat_interleave(x.shape[1] // index.shape[1], dim=1)
+    share = x.shape[1] // index.shape[1]
+    index = index if share == 1 else index.repeat_interleave(share, dim=1)
     if x.dim() == 3:
         return x.gather(2, index)
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
@@ -56,8 +57,8 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     age = torch.arange(size + new, device=device)
     if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
-        last = there & (age != lost)
-        return Admission(everything, last[..., None, :], _kept(everything, last, size), lost, there.gather(2, lost)[:, 0])
+        member = (there & (age != lost))[..., None, :]
+        return Admission(everything, member, _moved_up(everything, there, lost), lost, there.gather(2, lost)[:, 0])
     order = score.argsort(dim=-1, descending=True, stable=True)  # of equal scores the older first
     rank = order.argsort(dim=-1)
     old = ((order < size) & there.gather(-1, order)).to(torch.int32)
@@ -83,6 +84,16 @@ def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
     after = {name: x * _spread(filled, x) for name, x in kept.items()}
     after["score"] = pick(everything["score"], order).masked_fill(~filled, EMPTY)
     return after
+
+
+def _moved_up(everything: Tokens, there: Tensor, lost: Tensor) -> Tokens:
+    """The same of slots and one arrival, of which `lost` (B, G, 1) does not stay. The arrival comes after those that are filled;
+    where it is no token, its place is as empty as before, by its score."""
+    size = there.shape[2] - 1
+    filled, place = there[..., :size].sum(-1, keepdim=True), torch.arange(size, device=there.device)
+    order = place + ((place >= lost) & (filled == size))
+    order = torch.where(place == filled, size, order)
+    return {name: pick(x, order) for name, x in everything.items()}
 
 
 def _spread(filled: Tensor, like: Tensor) -> Tensor:

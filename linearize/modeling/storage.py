@@ -6,6 +6,8 @@ what `opened` gives is the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 try:
     import torch
     from torch import Tensor
@@ -17,6 +19,7 @@ from .spec import BLOCK, BOUNDS_BYTES, SCALE_BYTES
 LEVELS = 127
 STEPS = 15  # between the bounds of a block in int4
 EIGHT, FOUR = torch.int8, torch.uint8  # what a state's dtype says of its storage
+Change = Callable[[Tensor, torch.dtype], Tensor]
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,6 +54,20 @@ def opened(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x[..., :-SCALE_BYTES].to(dtype) * scale
 
 
+def pair(change: Change, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`change`, one of these, of keys and values (B, G, n, .), at once where they are codes of one width: calls bound a step."""
+    if k.shape != v.shape or not {k.dtype, dtype} & {EIGHT, FOUR}:
+        return change(k, dtype), change(v, dtype)
+    first, second = change(torch.cat([k, v], dim=1), dtype).chunk(2, dim=1)
+    return first, second
+
+
+def fields(change: Change, tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same of all that tokens carry, keys and values among it."""
+    both = dict(zip("kv", pair(change, tokens["k"], tokens["v"], dtype), strict=True))
+    return {name: both[name] if name in both else change(x, dtype) for name, x in tokens.items()}
+
+
 def _packed(x: Tensor) -> Tensor:
     """(..., D / 2 + 4 blocks): channel c in the low half of byte c, c + D / 2 in the high one; then each block's two bounds.
 
@@ -73,7 +90,10 @@ def _packed(x: Tensor) -> Tensor:
 def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
     whole, rest = divmod(x.shape[-1], BLOCK // 2 + BOUNDS_BYTES)
     half = (BLOCK // 2) * whole + max(rest - BOUNDS_BYTES, 0)
-    codes = torch.cat([x[..., :half] & STEPS, x[..., :half] >> 4], dim=-1)
-    bounds = x[..., half:].contiguous().view(torch.bfloat16).to(dtype).unflatten(-1, (-1, 2))
-    low, high = (bounds[..., side].repeat_interleave(BLOCK, dim=-1)[..., : 2 * half] for side in (0, 1))
-    return torch.lerp(low, high, codes.to(dtype) / STEPS)  # exact at both ends
+    packed, bounds = x.split([half, x.shape[-1] - half], dim=-1)
+    codes = torch.cat([packed & STEPS, packed >> 4], dim=-1).to(dtype)
+    short = -2 * half % BLOCK
+    codes = torch.nn.functional.pad(codes, (0, short)) if short else codes
+    low, high = bounds.contiguous().view(torch.bfloat16).to(dtype).unflatten(-1, (-1, 2, 1)).unbind(-2)
+    found = torch.lerp(low, high, codes.unflatten(-1, (-1, BLOCK)) / STEPS).flatten(-2)  # exact at both ends
+    return found[..., : 2 * half] if short else found
