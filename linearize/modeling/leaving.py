@@ -18,7 +18,7 @@ from .places import Place
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
-from .storage import FOUR, Change, fields, kept, opened, pair, rounded
+from .storage import FOUR, Change, kept, opened, opened_tokens, pair, rounded
 from .window import Keys, Part, Scores, attend
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
@@ -173,7 +173,7 @@ class Leaving(Far):
         tokens: Tokens = {}
         if spec.block == 1 or bool(valid.any()):
             rows = {name: place.take(after[name]) for name in FIELDS if name in after}
-            tokens = fields(opened, rows, dtype)
+            tokens = opened_tokens(rows, dtype)
             if spec.slots:
                 tokens, valid = self._admit_step(self._competing(tokens, rows, kept), state, after, valid, dtype)
         if far is None or queries.far is None:
@@ -193,7 +193,7 @@ class Leaving(Far):
         if further is not None:
             after.update({f"more_{name}": x for name, x in further.slots.items()})
         lost, out = self._out_of_all(admission, further)
-        return fields(opened, lost, dtype), out
+        return opened_tokens(lost, dtype), out
 
     def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
         """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
@@ -232,7 +232,7 @@ def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") ->
     if dtype is None or not found:
         return found
     score = found.pop("score")
-    return {**fields(opened, found, dtype), "score": score}
+    return {**opened_tokens(found, dtype), "score": score}
 
 
 def kept_slots(slots: Tokens, state: State, place: str = "slot") -> State:

@@ -62,10 +62,10 @@ def pair(change: Change, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tens
     return first, second
 
 
-def fields(change: Change, tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same of all that tokens carry, keys and values among it."""
-    both = dict(zip("kv", pair(change, tokens["k"], tokens["v"], dtype), strict=True))
-    return {name: both[name] if name in both else change(x, dtype) for name, x in tokens.items()}
+def opened_tokens(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All that tokens carry, `opened`: keys and values, and what else there is."""
+    both = dict(zip("kv", pair(opened, tokens["k"], tokens["v"], dtype), strict=True))
+    return {name: both[name] if name in both else opened(x, dtype) for name, x in tokens.items()}
 
 
 def _packed(x: Tensor) -> Tensor:
