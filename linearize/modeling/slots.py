@@ -1,7 +1,8 @@
 """Exact slots: of all tokens that left the window, the m with the highest score for each kv head stay exact.
 
 A token's score is fixed when it leaves, so a running top-m is exact; ties go to the token that came first. What a slot gives up is
-handed on: it enters the far memory at that moment (LoLA, McDermott et al. 2025, section 3; scores also after H2O and KeyDiff).
+handed on: it enters the far memory at that moment (LoLA, McDermott et al. 2025, section 3; scores also after H2O and KeyDiff). An
+empty slot has score -inf, whatever else is in it.
 """
 
 from __future__ import annotations
@@ -79,25 +80,17 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
 def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
     """Slots of the candidates that stay, `last` (B, G, m + n), in the order in which they came; then empty ones."""
     order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    filled = pick(last, order)
-    kept = {name: pick(x, order) for name, x in everything.items() if name != "score"}
-    after = {name: x * _spread(filled, x) for name, x in kept.items()}
-    after["score"] = pick(everything["score"], order).masked_fill(~filled, EMPTY)
-    return after
+    after = {name: pick(x, order) for name, x in everything.items()}
+    return {**after, "score": after["score"].masked_fill(~pick(last, order), EMPTY)}
 
 
 def _moved_up(everything: Tokens, there: Tensor, lost: Tensor) -> Tokens:
-    """The same of slots and one arrival, of which `lost` (B, G, 1) does not stay. The arrival comes after those that are filled;
-    where it is no token, its place is as empty as before, by its score."""
+    """The same of slots and one arrival, of which `lost` (B, G, 1) does not stay: it comes after those that are filled."""
     size = there.shape[2] - 1
     filled, place = there[..., :size].sum(-1, keepdim=True), torch.arange(size, device=there.device)
     order = place + ((place >= lost) & (filled == size))
     order = torch.where(place == filled, size, order)
     return {name: pick(x, order) for name, x in everything.items()}
-
-
-def _spread(filled: Tensor, like: Tensor) -> Tensor:
-    return filled.repeat_interleave(like.shape[1] // filled.shape[1], dim=1)[..., None].to(like.dtype)
 
 
 def recall_error(read: Tensor, v: Tensor, normalise: bool) -> Tensor:
