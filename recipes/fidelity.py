@@ -287,6 +287,14 @@ def tasks(told_: str) -> list[tuple[str, int]]:
     return found
 
 
+def off(told_: str) -> list[str]:
+    """Rows without these parts, as far,slots."""
+    rows = {"far": "student, far memory off", "window": "student, window off", "slots": "student, slots off"}
+    if unknown := set(told_.split(",")) - rows.keys():
+        raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    return [rows[part] for part in told_.split(",")]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=Path)
@@ -302,9 +310,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--few", action="store_true", help="teacher, student and controls alone: nothing switched off, no bare window"
     )
-    parser.add_argument(
-        "--beyond", nargs="*", default=[], metavar="PART", help="parts that are switched off beyond 1,024 tokens too, as far slots"
-    )
+    parser.add_argument("--beyond", type=off, default=[], help="what is switched off beyond 1,024 tokens too, as far,slots")
     parser.add_argument("--tasks", type=tasks, default=RECALL, help="what is asked, as pass-key:4096,s-niah-2:2048 (default: all)")
     parser.add_argument(
         "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
@@ -336,8 +342,7 @@ def main() -> None:
     chosen = passages(tokenizer, docs, kinds, args.documents, args.longest, args.segments)
     places, sums, recall = {}, dict[str, Sums](), list[dict[str, Any]]()
     same_bytes = [v.name for v in variants if v.name.endswith("alone")][-1:]
-    off = (v.name for v in variants if v.name.endswith(" off") and any(part in v.name for part in args.beyond))
-    rivals = {"teacher", "student", *same_bytes, *off, *(d.name for d in args.controls)}
+    rivals = {"teacher", "student", *same_bytes, *args.beyond, *(d.name for d in args.controls)}
     if "text" in args.parts:
         places, sums = measure_text(variants, chosen, rivals, args.seed)
     if "recall" in args.parts:

@@ -100,14 +100,17 @@ def test_one_command_fills_the_table(
     assert few["text"]["512-1,024"]["rows"]["student"] == places["512-1,024"]["rows"]["student"]
 
 
-@pytest.mark.parametrize("said", ["pass-key", "pass-key:far", "passkey:256"])
-def test_tasks_that_cannot_be_asked(
-    recipe: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+WRONG = [("--tasks", x) for x in ("pass-key", "pass-key:far", "passkey:256")] + [("--beyond", x) for x in ("sinks", "far slots")]
+
+
+@pytest.mark.parametrize(("flag", "said"), WRONG)
+def test_what_cannot_be_asked(
+    recipe: Any, flag: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["fidelity.py", "made", "--tasks", said])
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", "made", flag, said])
     with pytest.raises(SystemExit, match="2"):
         recipe.main()
-    assert "argument --tasks" in capsys.readouterr().err
+    assert f"argument {flag}" in capsys.readouterr().err
 
 
 def by_hand(found: dict[str, Any], folder: Path, held: list[str]) -> None:
