@@ -78,10 +78,10 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
 
 
 def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
-    """Slots of the candidates that stay, `last` (B, G, m + n), in the order in which they came; then empty ones."""
+    """Slots of the candidates that stay, `last` (B, G, m + n), in the order in which they came; then empty ones, if there are any:
+    where one is empty, all tokens stay."""
     order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    after = {name: pick(x, order) for name, x in everything.items()}
-    return {**after, "score": after["score"].masked_fill(~pick(last, order), EMPTY)}
+    return {name: pick(x, order) for name, x in everything.items()}
 
 
 def _moved_up(everything: Tokens, there: Tensor, lost: Tensor) -> Tokens:
