@@ -35,7 +35,7 @@ class Admission:
 
     def losers(self) -> Tokens:
         """Tokens pushed out, in the order of the arrivals: (B, ., n, .)."""
-        return {name: pick(x, self.lost) for name, x in self.candidates.items()}
+        return picked(self.candidates, self.lost)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
@@ -45,6 +45,10 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     if x.dim() == 3:
         return x.gather(2, index)
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def picked(tokens: Tokens, index: Tensor) -> Tokens:
+    return {name: pick(x, index) for name, x in tokens.items()}
 
 
 def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
@@ -59,7 +63,7 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
         member = (there & (age != lost))[..., None, :]
-        return Admission(everything, member, _moved_up(everything, there, lost), lost, there.gather(2, lost)[:, 0])
+        return Admission(everything, member, picked(everything, _moved_up(there, lost)), lost, there.gather(2, lost)[:, 0])
     order = score.argsort(dim=-1, descending=True, stable=True)  # of equal scores the older first
     rank = order.argsort(dim=-1)
     old = ((order < size) & there.gather(-1, order)).to(torch.int32)
@@ -74,23 +78,17 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     was = was | (torch.arange(size, size + new, device=device)[:, None] == age) & there[..., None, :]
     pushed = was & ~member
     out = pushed.any(-1)[:, 0]  # every kv head has seen as many tokens
-    return Admission(everything, member, _kept(everything, member[..., -1, :], size), pushed.to(torch.uint8).argmax(-1), out)
+    # those that stay in the order in which they came, then empty ones: where one is empty, all tokens stay
+    after = (~member[..., -1, :]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
+    return Admission(everything, member, picked(everything, after), pushed.to(torch.uint8).argmax(-1), out)
 
 
-def _kept(everything: Tokens, last: Tensor, size: int) -> Tokens:
-    """Slots of the candidates that stay, `last` (B, G, m + n), in the order in which they came; then empty ones, if there are any:
-    where one is empty, all tokens stay."""
-    order = (~last).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    return {name: pick(x, order) for name, x in everything.items()}
-
-
-def _moved_up(everything: Tokens, there: Tensor, lost: Tensor) -> Tokens:
+def _moved_up(there: Tensor, lost: Tensor) -> Tensor:
     """The same of slots and one arrival, of which `lost` (B, G, 1) does not stay: it comes after those that are filled."""
     size = there.shape[2] - 1
     filled, place = there[..., :size].sum(-1, keepdim=True), torch.arange(size, device=there.device)
     order = place + ((place >= lost) & (filled == size))
-    order = torch.where(place == filled, size, order)
-    return {name: pick(x, order) for name, x in everything.items()}
+    return torch.where(place == filled, size, order)
 
 
 def recall_error(read: Tensor, v: Tensor, normalise: bool) -> Tensor:
