@@ -150,10 +150,10 @@ def measure_recall(
 ) -> list[dict[str, Any]]:
     """Rows of the `wanted` tasks and lengths, over all depths; longer prompts than 1,024 tokens are for `rivals` alone."""
     rows = []
-    for task, length in wanted:
-        grid = Grid((task,), (length,), DEPTHS, samples, seed)
+    for length in dict.fromkeys(length for _, length in wanted):
+        grid = Grid(tuple(task for task, own in wanted if own == length), (length,), DEPTHS, samples, seed)
         asked = {v.name: v for v in variants if length <= SHORT or v.name in rivals}
-        rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"{task} {length:,}"))
+        rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"recall {length:,}"))
     return by_length(rows)
 
 

@@ -21,7 +21,7 @@ FILLERS = (
 )
 HEAD = "There is something hidden inside a lot of text. Find it and remember it.\n"
 Report = Callable[[int, int], None]
-SIDE_BY_SIDE, TOKENS_AT_ONCE = 8, 16_384  # prompts that are read together, and how much text at most
+TOKENS_AT_ONCE = 16_384  # of prompts that are read together
 WINDOWS = 3  # how far away what is hidden must be, in windows of the student
 TASKS = ("pass-key", "s-niah-1", "s-niah-2", "s-niah-3", "multi-key", "variable-tracking", "mqar", "chain", "copying")
 
@@ -125,24 +125,36 @@ def retrieval(
     all variants. Rows that leave no three windows' room are left out.
     """
     essay = essay_of(tokenizer, docs)
+    cells, asked = list[tuple[str, int, float]](), list[Prompt]()
+    for task, length in ((task, length) for task in grid.tasks for length in grid.lengths):
+        for depth, one in prompts(task, tokenizer, essay, length, grid, window):
+            cells.append((task, length, depth))
+            asked.append(one)
+    told = {name: [0.0] * len(asked) for name in variants}
+    done = 0
+    for some in batches(asked):
+        for name, variant in variants.items():
+            for i, share in zip(some, scores_of(variant, [asked[i] for i in some]), strict=True):
+                told[name][i] = share
+            done += len(some)
+            report(done, len(asked) * len(variants))
     rows: list[dict[str, Any]] = []
-    done, total = 0, len(grid.tasks) * len(grid.lengths) * len(grid.depths) * grid.samples * len(variants)
-    for task in grid.tasks:
-        for length in grid.lengths:
-            asked = prompts(task, tokenizer, essay, length, grid, window)
-            told: dict[str, list[float]] = {name: [] for name in variants}
-            side = max(min(SIDE_BY_SIDE, TOKENS_AT_ONCE // length), 1)
-            for start in range(0, len(asked), side):
-                some = [one for _, one in asked[start : start + side]]
-                for name, variant in variants.items():
-                    told[name] += scores_of(variant, some)
-                    done += len(some)
-                    report(done, total)
-            for depth in grid.depths:
-                own = [i for i, (where, _) in enumerate(asked) if where == depth]
-                scores = {name: summary([shares[i] for i in own]) for name, shares in told.items() if own}
-                rows += [{"task": task, "length": length, "depth": depth, "samples": len(own), "scores": scores}] if own else []
+    for cell in dict.fromkeys(cells):
+        own = [i for i, other in enumerate(cells) if other == cell]
+        scores = {name: summary([shares[i] for i in own]) for name, shares in told.items()}
+        rows.append({**dict(zip(("task", "length", "depth"), cell, strict=True)), "samples": len(own), "scores": scores})
     return rows
+
+
+def batches(asked: Sequence[Prompt]) -> list[list[int]]:
+    """Prompts to read side by side: as long as each other, those of any task whose answers are about as long."""
+    found: list[list[int]] = []
+    for length in dict.fromkeys(len(one.ids) for one in asked):
+        own = [i for i, one in enumerate(asked) if len(one.ids) == length]
+        own.sort(key=lambda i: len(asked[i].told) - asked[i].told.index(True))
+        side = max(TOKENS_AT_ONCE // length, 1)
+        found += [own[start : start + side] for start in range(0, len(own), side)]
+    return found
 
 
 def summary(shares: Sequence[float]) -> dict[str, Any]:

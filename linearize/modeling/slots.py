@@ -64,23 +64,40 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
         member = (there & (age != lost))[..., None, :]
         return Admission(everything, member, picked(everything, _moved_up(there, lost)), lost, there.gather(2, lost)[:, 0])
-    order = score.argsort(dim=-1, descending=True, stable=True)  # of equal scores the older first
-    rank = order.argsort(dim=-1)
-    old = ((order < size) & there.gather(-1, order)).to(torch.int32)
-    old = (old.cumsum(-1, dtype=torch.int32) - old).gather(-1, rank)  # how many of the slots keep their place against each
-    rank = rank.to(torch.int32).masked_fill(~there, size + new)
-    better = rank[..., size:, None] < rank[..., None, :]  # (B, G, n, m + n): an arrival keeps its place against each
-    ahead = old[..., None, :] + better.cumsum(2, dtype=torch.int32)
-    arrived = age <= torch.arange(size, size + new, device=device)[:, None]
-    member = there[..., None, :] & arrived & (ahead < size)
-    before = torch.cat([there[..., None, :size].expand(-1, -1, 1, -1), member[..., :-1, :size]], dim=2)
-    was = torch.cat([before, torch.nn.functional.pad(member[..., :-1, size:], (0, 0, 1, 0))], dim=-1)
-    was = was | (torch.arange(size, size + new, device=device)[:, None] == age) & there[..., None, :]
-    pushed = was & ~member
-    out = pushed.any(-1)[:, 0]  # every kv head has seen as many tokens
+    gone, pushing = _gone(score, there, size), torch.arange(new, device=device)
+    member = pushing[:, None] < gone[..., None, :]
+    member[..., size:] &= pushing[:, None] >= pushing
+    # whom arrival i pushes out stands at place i, those that none does behind
+    when = torch.where(there, gone, new)
+    lost = torch.zeros_like(when[..., : new + 1]).scatter_(2, when, age.expand_as(when))[..., :new]
+    out = torch.zeros_like(there[:, 0, : new + 1]).scatter_(1, when[:, 0], True)[:, :new]  # every kv head has seen as many tokens
     # those that stay in the order in which they came, then empty ones: where one is empty, all tokens stay
-    after = (~member[..., -1, :]).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    return Admission(everything, member, picked(everything, after), pushed.to(torch.uint8).argmax(-1), out)
+    after = (gone < new).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
+    return Admission(everything, member, picked(everything, after), lost, out)
+
+
+def _gone(score: Tensor, there: Tensor, size: int) -> Tensor:
+    """The arrival that pushes out each of m slots' tokens and n arrivals (B, G, m + n): n where none does, 0 where no token is.
+
+    The n lowest of the slots compete with the arrivals for n places, whatever the others' scores are: those keep theirs.
+    """
+    new = score.shape[2] - size
+    few, age = min(size, new), torch.arange(size + new, device=score.device)
+    pool = age.expand_as(score)
+    if few < size:
+        lowest = score[..., :size].argsort(dim=-1, descending=True, stable=True)[..., size - few :].sort(dim=-1).values
+        pool = torch.cat([lowest, pool[..., size:]], dim=-1)
+    own, known = score.gather(2, pool), there.gather(2, pool)
+    order = own.argsort(dim=-1, descending=True, stable=True)  # of equal scores the older first
+    rank = order.argsort(dim=-1)
+    old = ((order < few) & known.gather(-1, order)).to(torch.int32)
+    old = (old.cumsum(-1, dtype=torch.int32) - old).gather(-1, rank)  # how many of the slots keep their place against each
+    rank = rank.to(torch.int32).masked_fill(~known, few + new)
+    better = rank[..., few:, None] < rank[..., None, :]  # (B, G, n, few + n): an arrival keeps its place against each
+    ahead = old[..., None, :] + better.cumsum(2, dtype=torch.int32)
+    came = (age[: few + new] - few).clamp(min=0)  # who finds no place goes as it comes
+    gone = torch.maximum((ahead < few).sum(2), came).masked_fill(~known, 0)
+    return torch.where(there, new, 0).scatter(2, pool, gone)
 
 
 def _moved_up(there: Tensor, lost: Tensor) -> Tensor:

@@ -105,10 +105,10 @@ def attend(q: Tensor, keys: Keys, score: Scores) -> tuple[Part, Tensor]:
 
 def _hide(scores: Tensor, mask: Tensor) -> None:
     """Scores (B, G, N, R, C, L), in place, are -inf where a mask (., ., N', C, L) hides the key."""
-    bound = torch.full_like(mask, torch.inf, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)[:, :, :, None]
+    bound = mask.to(scores.dtype).sub_(0.5).mul_(torch.inf)[:, :, :, None]  # several times as fast as to fill by a mask
     last = mask.shape[2] - 1
     for part, own in ((scores[:, :, :last], bound[:, :, :last]), (scores[:, :, last:], bound[:, :, last:])):
-        torch.minimum(part, own, out=part)  # several times as fast as to fill by a mask
+        torch.minimum(part, own, out=part)
 
 
 def received(weights: Tensor, queries: Tensor, distance: Tensor, width: int) -> Tensor:

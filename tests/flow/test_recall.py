@@ -13,7 +13,7 @@ from cli.tiny import TEXT, tokenizer
 
 from linearize.errors import UsageError
 from linearize.evaluation.reading import Variant
-from linearize.evaluation.recall import TASKS, Grid, Prompt, by_length, prompt, retrieval, scores_of
+from linearize.evaluation.recall import TASKS, TOKENS_AT_ONCE, Grid, Prompt, batches, by_length, prompt, retrieval, scores_of
 from linearize.evaluation.recall_forms import ASKED, FORMS, LEARNT, PEOPLE, Writer
 from linearize.evaluation.recall_rows import TASKS as TAUGHT
 from linearize.testing.models import tiny_llama
@@ -151,6 +151,34 @@ def test_a_score_counts_the_answer_and_nothing_else() -> None:
     last_word = [i for i in told[0] if i >= last_answer]
     spoiled = Reciter(texts[:1], {last_word[0]})  # the first digit of the last answer: the others follow from it
     assert scores_of(Variant("", spoiled, nullcontext), prompts[:1]) == [pytest.approx(1 - len(last_word) / len(told[0]))]
+
+
+def test_prompts_of_other_tasks_beside_it_change_no_score() -> None:
+    """Some answers are longer than others: where those end, the rest of the text is given."""
+    asked = [made(task, seed="0") for task in ("copying", "pass-key", "mqar", "s-niah-3")]
+    texts = [one.ids for one in asked]
+    wrong = {len(texts[0]) - 1, len(texts[0]) - 4}
+    together = scores_of(Variant("", Reciter(texts, wrong), nullcontext), asked)
+    alone = [scores_of(Variant("", Reciter([one.ids], wrong), nullcontext), [one])[0] for one in asked]
+    assert together == alone
+    assert all(0 < share < 1 for share in alone)
+
+
+def test_every_prompt_is_in_one_batch_with_others_of_its_length() -> None:
+    """As many as may be read at once, and those with the longest answers together."""
+    asked = [made(task, seed=str(i), length=length) for i in range(3) for task in TASKS for length in (1500, 3000)]
+    found = batches(asked)
+    assert sorted(i for some in found for i in some) == list(range(len(asked)))
+    lengths = [{len(asked[i].ids) for i in some} for some in found]
+    assert all(len(own) == 1 and len(some) * max(own) <= TOKENS_AT_ONCE for own, some in zip(lengths, found, strict=True))
+    answers = [
+        len(asked[i].told) - asked[i].told.index(True)
+        for some, own in zip(found, lengths, strict=True)
+        if own == {1500}
+        for i in some
+    ]
+    assert answers[-1] == max(answers) > 2 * answers[0]
+    assert len(found) == 3 + 6  # of at most ten and five
 
 
 def test_the_grid_of_a_model_that_knows_nothing() -> None:
