@@ -154,7 +154,7 @@ def measure_recall(
         grid = Grid(tuple(task for task, own in wanted if own == length), (length,), DEPTHS, samples, seed)
         asked = {v.name: v for v in variants if length <= SHORT or v.name in rivals}
         rows += retrieval(asked, tokenizer, essays, grid, window, partial(told, f"recall {length:,}"))
-    return by_length(rows)
+    return sorted(by_length(rows), key=lambda row: wanted.index((row["task"], row["length"])))
 
 
 def difference(own: Sequence[float], other: Sequence[float], seed: int) -> Figures:
@@ -190,7 +190,7 @@ def targets(found: Mapping[str, Any]) -> Iterator[tuple[str, float, float, bool]
         if title in places:
             value = places[title]["rows"]["student"]["ratio"]
             yield f"perplexity at {title}, ratio to the teacher", value, TARGETS[key], value <= TARGETS[key]
-    if grown := found.get("growth"):
+    if grown := found["growth"].get("student"):
         yield "the same to 8,192, over that (lower bound)", grown["interval"][0], 1.0, grown["interval"][0] <= 1.0
     for task, length in (("pass-key", 4096), ("s-niah-2", 2048)):
         for row in found["recall"]:
@@ -232,8 +232,10 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
                 ratio = {"value": own["ratio"], "interval": own["ratio_interval"]}
                 cells.append(f"{own['perplexity']:.2f}" if name == names[0] else spread(ratio))
             size, kl = found["state_bytes"][name], next(iter(places.values()))["rows"][name]["kl"]
-            rows.append([name, "" if size is None else f"{size / 1e6:.2f} MB", *cells, f"{kl:.4f}"])
+            grown = [spread(found["growth"][name]) if name in found["growth"] else ""] if found["growth"] else []
+            rows.append([name, "" if size is None else f"{size / 1e6:.2f} MB", *cells, *grown, f"{kl:.4f}"])
         heads = [f"{title} ({place['documents']})" for title, place in places.items()]
+        heads += ["the last over the one before, same documents"] if found["growth"] else []
         yield "Perplexity of the first row, ratio to it of the others; documents in brackets\n\n" + table(
             ["model", "state", *heads, "KL, first 1,024"], rows
         )
@@ -355,7 +357,7 @@ def main() -> None:
     found = {
         "student": str(args.student), "data": what, "names": names, "state_bytes": {v.name: v.state_bytes for v in variants},
         "text": places, "text_hash": chosen.texts.hash(), "recall": recall,
-        "growth": growth(sums["teacher"], sums["student"], far, args.seed) if sums and far else None,
+        "growth": {n: growth(sums["teacher"], sums[n], far, args.seed) for n in names[1:] if far and n in sums and n in rivals},
         "against": against(places, sums, names, chosen, recall, args.seed), "environment": environment(model, args.seed),
         "seconds": round(time.monotonic() - began),
     }  # fmt: skip

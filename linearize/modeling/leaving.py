@@ -86,30 +86,31 @@ class Leaving(Far):
         """Some windows' length of arrivals after another: one, where a score reads the memory as it was at that boundary, and where
         all queries of a block read what its arrivals leave."""
         spec, dtype = self.spec, queries.near.dtype
-        near = frame.queries(queries.near)
-        features = None if queries.far is None else frame.queries(queries.far)
-        route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0]
-        slots, more, parts, reads, scores = held(state, dtype), held(state, dtype, "more"), [], [], []
         length = spec.window * (1 if spec.scores_recall or spec.block > 1 else max(1, ARRIVALS // spec.window))
-        for start in range(0, len(frame), length):
+        near = frame.queries(queries.near).split(length, dim=3)  # a slice's gradient is as large as the whole, for each
+        features = None if queries.far is None else frame.queries(queries.far).split(length, dim=3)
+        route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0].split(length, dim=2)
+        pieces = {name: x.split(length, dim=2) for name, x in tokens.items()}
+        slots, more, parts, reads, scores = held(state, dtype), held(state, dtype, "more"), [], [], []
+        for number, start in enumerate(range(0, len(frame), length)):
             block = slice(start, start + length)
-            own = {name: x[:, :, block] for name, x in tokens.items()}
+            own = {name: x[number] for name, x in pieces.items()}
             valid, position = frame.valid[:, block], frame.position[:, block]
             if far is not None and spec.scores_recall:
                 begins = (frame.query[:, start] < after["count"]) & (start >= frame.offset)
                 own["scores"] = self._recalled(own, position, begins, far)
                 scores.append(own["scores"])
             admission = admit(slots, self._competing(own, own, rounded), valid)
-            slots, part = admission.slots, self._slot_part(near[..., block, :], admission, queries.score)
+            slots, part = admission.slots, self._slot_part(near[number], admission, queries.score)
             further = self._admit_more(more, admission) if more else None
             if further is not None:
-                own_part = self._slot_part(of_heads(near[..., block, :], *self._more), further, queries.score)
+                own_part = self._slot_part(of_heads(near[number], *self._more), further, queries.score)
                 more, part = further.slots, join_in_heads(part, own_part, *self._more)
             parts.append(part)
             if far is not None and features is not None:
-                own_route = None if route is None else route[:, :, block]
                 losers, out = self._out_of_all(admission, further)
-                read, far = self._enter(losers, out, position, features[..., block, :], far, own_route)
+                own_route = None if route is None else route[number]
+                read, far = self._enter(losers, out, position, features[number], far, own_route)
                 reads.append(read)
         after.update(kept_slots(slots, state) | kept_slots(more, state, "more"))
         if scores:
