@@ -21,7 +21,7 @@ FILLERS = (
 )
 HEAD = "There is something hidden inside a lot of text. Find it and remember it.\n"
 Report = Callable[[int, int], None]
-TOKENS_AT_ONCE = 16_384  # of prompts that are read together
+TOKENS_AT_ONCE = 8192  # of prompts that are read together: more leave a processor's caches
 WINDOWS = 3  # how far away what is hidden must be, in windows of the student
 TASKS = ("pass-key", "s-niah-1", "s-niah-2", "s-niah-3", "multi-key", "variable-tracking", "mqar", "chain", "copying")
 

@@ -39,6 +39,7 @@ class Leaving(Far):
 
     def __init__(self, spec: MixerSpec, shape: Shape) -> None:
         super().__init__(spec, shape)
+        self.ablate: str | None = None  # "far", "near" or "slots": that part is left out
         self.slot_score = SlotScore(shape) if spec.scores_learned else None
 
     @property
@@ -82,7 +83,7 @@ class Leaving(Far):
 
     def _leave_through_slots(
         self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
-    ) -> tuple[Part, Tensor | None]:
+    ) -> tuple[Part | None, Tensor | None]:
         """Some windows' length of arrivals after another: one, where a score reads the memory as it was at that boundary, and where
         all queries of a block read what its arrivals leave."""
         spec, dtype = self.spec, queries.near.dtype
@@ -101,12 +102,10 @@ class Leaving(Far):
                 own["scores"] = self._recalled(own, position, begins, far)
                 scores.append(own["scores"])
             admission = admit(slots, self._competing(own, own, rounded), valid)
-            slots, part = admission.slots, self._slot_part(near[number], admission, queries.score)
             further = self._admit_more(more, admission) if more else None
-            if further is not None:
-                own_part = self._slot_part(of_heads(near[number], *self._more), further, queries.score)
-                more, part = further.slots, join_in_heads(part, own_part, *self._more)
-            parts.append(part)
+            slots, more = admission.slots, more if further is None else further.slots
+            if self.ablate != "slots":
+                parts.append(self._slots_part(near[number], admission, further, queries.score))
             if far is not None and features is not None:
                 losers, out = self._out_of_all(admission, further)
                 own_route = None if route is None else route[number]
@@ -117,11 +116,13 @@ class Leaving(Far):
             joined["scores"] = put_back(joined["scores"], torch.cat(scores, 2), frame.source)
         if far is not None:
             after["far"] = stored(far, state["far"].dtype, after["count"])
+        found = frame.back(torch.cat(reads, dim=3)) if reads else None
+        if not parts:
+            return None, found
         numerator, denominator, top = (
             torch.cat([getattr(part, name) for part in parts], dim=3) for name in ("numerator", "denominator", "top")
         )
-        part = Part(frame.back(numerator), *(frame.back(x[..., None])[..., 0] for x in (denominator, top)))
-        return part, frame.back(torch.cat(reads, dim=3)) if reads else None
+        return Part(frame.back(numerator), *(frame.back(x[..., None])[..., 0] for x in (denominator, top))), found
 
     def _competing(self, tokens: Tokens, rows: Tokens, store: Change) -> Tokens:
         """Tokens that leave as slots take them, with their score: `rows` of them, brought to the slots' own dtype by `store`."""
@@ -153,6 +154,13 @@ class Leaving(Far):
             due = begins[:, None, None] & (position >= self.spec.sinks)[:, None]
             last = torch.where(due, error, scores[..., -1])
             return torch.cat([scores[..., :-1], last[..., None]], dim=-1)
+
+    def _slots_part(self, q: Tensor, admission: Admission, further: Admission | None, score: Scores) -> Part:
+        """Queries (B, G, R, n, D) of the arrivals' times over slots, and over the further ones of the heads that have them."""
+        part = self._slot_part(q, admission, score)
+        if further is None:
+            return part
+        return join_in_heads(part, self._slot_part(of_heads(q, *self._more), further, score), *self._more)
 
     def _slot_part(self, q: Tensor, admission: Admission, score: Scores) -> Part:
         """Queries (B, G, R, n, D) of the arrivals' times over the slots as they were then."""

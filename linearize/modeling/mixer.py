@@ -107,7 +107,6 @@ class Mixer(Leaving):
             raise ValueError("slot_dtype 'int4' packs two channels in a byte, and a head has an odd number of them: take 'kv'")
         super().__init__(spec, shape)
         self.groups = shape.heads // shape.kv_heads
-        self.ablate: str | None = None  # "far", "near" or "slots": that part is left out
         self.null = nn.Parameter(torch.zeros(shape.heads, spec.null_logits)) if spec.null_logits else None
         if spec.has_far:
             self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
@@ -243,7 +242,7 @@ class Mixer(Leaving):
             near = self._near(queries.near, s, before, joined, after, score, state is None)
             if self.takes_leavers or spec.slots:
                 slots, read = self.leave(queries, joined, before, after)
-                near = self._joined(near, slots)
+                near = near if slots is None else near.join(slots)
         if spec.has_far and spec.coverage == "all":
             valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
             entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, valid)
@@ -277,9 +276,6 @@ class Mixer(Leaving):
         k, v = (fill_sinks(opened(old, x.dtype), x, before["count"], after["count"]) for old, x in held)
         after["sink_k"], after["sink_v"] = kept(k, before["sink_k"].dtype), kept(v, before["sink_v"].dtype)
         return k, v
-
-    def _joined(self, near: Part, slots: Part | None) -> Part:
-        return near if slots is None or self.ablate == "slots" else near.join(slots)
 
     # ---- merge ----
 

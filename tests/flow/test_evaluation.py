@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from linearize.evaluation.texts import Texts, read_texts
 from linearize.modeling.mixer import Halves, Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, replaced
 from linearize.modeling.spec import MixerSpec
+from linearize.testing.laws import run
 from linearize.testing.models import linearized, random_inputs, random_mixer, tiny_llama
 from linearize.text import Packed
 
@@ -152,6 +154,23 @@ def test_the_far_share_is_what_the_far_half_weighs(changes: dict[str, object]) -
 def ablated_output(mixer: Mixer, halves: Halves, half: str | None) -> Tensor:
     mixer.ablate = half
     return mixer.combine(halves)
+
+
+@pytest.mark.parametrize("more", [{}, {"more_slots": 3, "more_heads": (0,)}])
+def test_without_slots_the_rest_stays_as_it_was(more: dict[str, Any]) -> None:
+    """Nobody looks at what they hold, which moves on as before: the bare window alone, the memory with what they give up."""
+    for spec in (SPEC, MixerSpec(feature_map="identity", window=8, sinks=2, slots=4, merge="near", share_kv=True)):
+        mixer = random_mixer(replace(spec, **more))
+        inputs = random_inputs(mixer.shape, 60)
+        state = run(mixer, inputs, [60])[1]
+        mixer.ablate = "slots"
+        found, after = run(mixer, inputs, [60])
+        stepped = run(mixer, inputs, [40] + [1] * 20)[0]
+        assert torch.allclose(found, stepped, atol=1e-9)
+        assert all(torch.equal(after[name], x) for name, x in state.items())
+        if not spec.has_far:
+            bare = random_mixer(replace(spec, slots=0))
+            assert torch.allclose(found, run(bare, inputs, [60])[0], atol=1e-9)
 
 
 def test_layers_are_told_apart(model: Any) -> None:

@@ -178,7 +178,7 @@ def test_every_prompt_is_in_one_batch_with_others_of_its_length() -> None:
         for i in some
     ]
     assert answers[-1] == max(answers) > 2 * answers[0]
-    assert len(found) == 3 + 6  # of at most ten and five
+    assert len(found) == 6 + 14  # of at most five and two
 
 
 def test_the_grid_of_a_model_that_knows_nothing() -> None:
