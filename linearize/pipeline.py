@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from linearize import text
 from linearize.checkpoint import check_target
-from linearize.conversion.convert import calibration_ids, convert_in_memory, load_source
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import convert_in_memory, load_source
 from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import packaged_smollm2, resolve
 from linearize.conversion.teacher import teacher_host
@@ -179,7 +180,7 @@ def demo(
     progress("load", 0, 1)
     base, tokenizer = load_source(source, torch.float32)
     progress("load", 1, 1)
-    model, _ = convert_in_memory(base.eval(), plan, calibration_ids(tokenizer, None, plan)[:1], 0, progress)
+    model, _ = convert_in_memory(base.eval(), plan, calibration_ids(tokenizer, CalibrationText(), plan)[:1], 0, progress)
     trained = _teach(model, tokenizer, output, end, overwrite, progress)
     tell("stages", trained)
     progress("load again", 0, 1)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from linearize import text
-from linearize.conversion.convert import calibration_ids, convert_in_memory, load_source
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import convert_in_memory, load_source
 from linearize.conversion.plan import count_parameters, plan_for
 from linearize.conversion.sources import resolve
 from linearize.distillation.layer_losses import LayerCall, relative_mse
@@ -196,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     source = resolve(args.model)
     base, tokenizer = load_source(source, torch.float32)
-    ids = calibration_ids(tokenizer, None)[:1]
+    ids = calibration_ids(tokenizer, CalibrationText())[:1]
     host, _ = convert_in_memory(base.eval(), plan_for(source, "window", None, {}, CALIBRATED), ids, SEED, lambda *_, **__: None)
     training_docs, held_out = text.split(documents(BUILTIN))
     rows = held_out_rows(tokenizer, held_out, args.evaluate * SEQUENCE)

@@ -18,10 +18,12 @@ from linearize.conversion import budget_costs
 from linearize.conversion.budget import PLAIN, STORED, Choice
 from linearize.conversion.budget_costs import Rows, measure_costs
 from linearize.conversion.calibration import fit_scores
-from linearize.conversion.convert import attach, calibration_ids, load_source
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import attach, load_source
 from linearize.conversion.plan import plan_for
 from linearize.conversion.sources import resolve
 from linearize.devices import DTYPES
+from linearize.text import HELD_OUT_PERCENT
 
 
 def measured(args: argparse.Namespace, points: list[dict[str, Any]]) -> list[Choice]:
@@ -29,7 +31,7 @@ def measured(args: argparse.Namespace, points: list[dict[str, Any]]) -> list[Cho
     source = resolve(args.model)
     plan = plan_for(source, "default", args.layers, points[0], "calibrated")
     loaded, tokenizer = load_source(source, DTYPES[args.dtype], False)
-    rows = Rows.of(calibration_ids(tokenizer, args.data, plan, args.held_out))
+    rows = Rows.of(calibration_ids(tokenizer, CalibrationText(args.data, args.held_out), plan))
     model = attach(loaded.eval(), plan.config_field())
     scores = fit_scores(model, rows.ids[rows.fitted], model.device, lambda *_, **__: None)
     with patch.object(budget_costs, "candidates", return_value=[("default", point) for point in points]):
@@ -39,7 +41,9 @@ def measured(args: argparse.Namespace, points: list[dict[str, Any]]) -> list[Cho
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text to calibrate on (default: the built-in one)")
-    parser.add_argument("--held-out", type=int, help="per cent of its documents, by hash, that are left alone")
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT_PERCENT, help="per cent of its documents, by hash, that are left alone"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layers", default="7,8,18,20,23")
     parser.add_argument("--rates", default="0,0.75,2,18", help="nats in 1,024 tokens")

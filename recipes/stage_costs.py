@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from linearize import text
-from linearize.conversion.convert import calibration_ids, convert_in_memory, load_source
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import convert_in_memory, load_source
 from linearize.conversion.estimates import COSTS, START, forward_flops
 from linearize.conversion.plan import plan_for
 from linearize.conversion.ranking import swap_costs
@@ -44,7 +45,7 @@ def costs(method: str) -> dict[str, float]:
     source, cpu = resolve("smollm2"), torch.device("cpu")
     plan = plan_for(source, method, None, {}, CALIBRATED)
     base, tokenizer = load_source(source, torch.float32)
-    ids = calibration_ids(tokenizer, None)
+    ids = calibration_ids(tokenizer, CalibrationText())
     found, rate = {}, matmul_rate(torch.float32, cpu)
 
     def note(kind: str, took: float, tokens: int) -> None:

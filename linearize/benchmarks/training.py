@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from linearize import text
+from linearize.conversion.blocks import checkpointed
 from linearize.conversion.calibration import few_logits
 from linearize.distillation import lora
 from linearize.distillation.loop import Task, make_accelerator
 from linearize.distillation.run import stages_for
-from linearize.distillation.sharding import checkpointed, make_optimizer
+from linearize.distillation.sharding import make_optimizer
 from linearize.distillation.stages import AttentionTransfer, LogitDistillation, lora_parameters, mixer_parameters
 from linearize.documents import BUILTIN, documents
 from linearize.errors import InputError

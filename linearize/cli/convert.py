@@ -51,6 +51,7 @@ def convert(
     state_budget: flags.StateBudget = None,
     start: flags.StartFlag = flags.Start.calibrated,
     calibration: flags.Calibration = None,
+    calibration_length: flags.CalibrationLength = None,
     held_out: flags.HeldOut = None,
     dtype: flags.DtypeFlag = flags.Dtype.auto,
     device: flags.Device = "auto",
@@ -82,6 +83,7 @@ def convert(
             model, method=wanted.method, output=output, layers=layers, options=wanted.options,
             state_budget=flags.state_bytes(state_budget) if state_budget else None, dtype=dtype.value,
             device=device, revision=revision, trust_remote_code=trust_remote_code, seed=seed, calibration=calibration,
+            calibration_length=flags.count(calibration_length) if calibration_length else None,
             held_out=held_out or wanted.held_out, start=start.value, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     show.frontier(console, [layout.to_dict() for layout in made.frontier], made.plan.state_bytes)

@@ -148,6 +148,13 @@ Calibration = Annotated[
         "--calibration", metavar="PATH", help="Text to calibrate on.", rich_help_panel=LEARN, show_default="built-in text"
     ),
 ]
+CalibrationLength = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Tokens of its rows, as 8k: how long texts learnt slot scores and a state budget's layouts are to serve.",
+        rich_help_panel=LEARN, show_default="4k",
+    ),
+]  # fmt: skip
 StateBudget = Annotated[
     str | None,
     typer.Option(

@@ -17,7 +17,7 @@ from linearize.ranges import span
 
 SINKS, WINDOW = 4, 64
 WINDOWS = (16, 64, 256)
-SLOTS = (64, 128, 256, 512, 1024, 2048, 3072)  # of a kv head; a layer may give some of its heads one number and the rest another
+FEWEST_SLOTS, ROW = 64, 4096  # of a kv head; a layer may give some of its heads one number and the rest another
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
 SLOW, LASTING = 0.15, 1024  # a fade for layers that look up what was said long ago; the only one of heads with more slots than that
 MEMORIES = (64,)  # windows with such a memory and no slots
@@ -26,12 +26,20 @@ STORED = {"sinks": SINKS, "kv_dtype": "int8", "state_dtype": "bfloat16"}
 Options = Mapping[str, Any]
 
 
-def candidates() -> list[tuple[str, Options]]:
-    """Method and options of all that a layer may become with all heads alike: windows, windows with a memory, windows with slots
-    whose scores fade fast or slowly, with a narrow memory of what these give up and without."""
+def slot_counts(length: int) -> list[int]:
+    """Powers of two up to half a row of so many tokens, and three quarters of it; of short rows, as of 4,096 tokens."""
+    length = max(length, ROW)
+    doublings = (length // 2 // FEWEST_SLOTS).bit_length()
+    return [*(FEWEST_SLOTS << n for n in range(doublings)), length * 3 // 4]
+
+
+def candidates(length: int = ROW) -> list[tuple[str, Options]]:
+    """Method and options of all that a layer may become with all heads alike, for texts of so many tokens: windows, windows with a
+    memory, windows with slots whose scores fade fast or slowly, with a narrow memory of what these give up and without."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
     far: list[tuple[str, Options]] = [("default", {"window": w, "slots": 0, "feature_dim": NARROW}) for w in MEMORIES]
-    kept = [{**PLAIN, "slots": m} for m in SLOTS if m <= LASTING] + [{**PLAIN, "slots": m, "slot_fade": SLOW} for m in SLOTS]
+    counts = slot_counts(length)
+    kept = [{**PLAIN, "slots": m} for m in counts if m <= LASTING] + [{**PLAIN, "slots": m, "slot_fade": SLOW} for m in counts]
     every = (*near, *far, *(("default", options) for options in kept), *(("window", without_memory(options)) for options in kept))
     return [(method, {**options, **STORED}) for method, options in every]
 

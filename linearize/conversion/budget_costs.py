@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.conversion.blocks import recomputing
 from linearize.conversion.budget import Choice, Options, candidates, without_memory
 from linearize.conversion.calibration import Scores, start_mixer
 from linearize.conversion.plan import Plan, plan_for
@@ -30,7 +31,7 @@ from linearize.modeling.spec import MixerSpec, Shape
 from linearize.progress import Progress
 from linearize.ranges import span
 
-MEASURED = 8192  # tokens of text and of rows that ask, each
+MEASURED, MEASURED_ROWS = 8192, 2  # tokens of text and of rows that ask, each, but so many rows at least
 TEXT_TOKENS, ASKED_TOKENS = 512, 8  # at the end of a row, whose predictions count
 
 
@@ -51,7 +52,7 @@ class Rows:
         """Of rows of text and, after them, some that ask."""
         count = len(ids) - asking(len(ids))
         text, asked = ids[:count], ids[count:]
-        most = max(MEASURED // ids.shape[1], 1)
+        most = max(MEASURED // ids.shape[1], MEASURED_ROWS)
         last = max(min(most, len(text) // 2), 1)
         first = min(most, len(asked))
         return cls(torch.cat([text[:-last], asked[first:], asked[:first], text[-last:]]), last, first)
@@ -83,7 +84,7 @@ def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int,
     """Every candidate in every layer of a model with the plan's mixers attached, which are not used; and those with slots in pairs,
     one for some kv heads, the other for the rest. Slots go by `scores`, fitted without the rows that are only measured."""
     gradients = output_gradients(model, rows, seed, progress)
-    places = [(name, own, plans_of(plan, name, own)) for name, own in candidates()]
+    places = [(name, own, plans_of(plan, name, own)) for name, own in candidates(rows.ids.shape[1])]
     found, done = list[Choice](), list[int]()
     specs = {part.mixer for _, _, parts in places for part in parts.values()}
     begin = slice(started_rows(specs, rows.ids.shape[1]))
@@ -180,7 +181,7 @@ def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> d
     model.enable_input_require_grads()
     draw = torch.Generator().manual_seed(seed)
     try:
-        with torch.enable_grad(), observed(model, observe), mode(model, "observe"):
+        with torch.enable_grad(), observed(model, observe), mode(model, "observe"), recomputing(model):
             for i, row in enumerate(rows.ids[rows.measured]):
                 count = rows.counted(i)
                 logits = model(row[None].to(model.device), use_cache=False, logits_to_keep=count + 1).logits[0, :-1]

@@ -15,29 +15,28 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from linearize import text
 from linearize.checkpoint import check_space, check_target
-from linearize.conversion.budget import PLAIN, SLOTS, STORED, Frontier, Layout
+from linearize.conversion.budget import FEWEST_SLOTS, PLAIN, STORED, Frontier, Layout
 from linearize.conversion.budget_costs import Rows, measure_costs
 from linearize.conversion.calibration import Scores, fit_scores, start_mixers
+from linearize.conversion.calibration_text import SHORTEST, CalibrationText, calibration_ids, own_text
 from linearize.conversion.detection import auto_class
 from linearize.conversion.offload import ON_DISK, Shards, offload, release, scratch, spill
 from linearize.conversion.plan import Plan, plan_for
 from linearize.conversion.ranking import dearest, swap_costs
 from linearize.conversion.saving import save
 from linearize.conversion.sources import Source, resolve
-from linearize.conversion.streaming import CALIBRATION_ROWS, asking, calibration_shape
+from linearize.conversion.streaming import CALIBRATION_ROWS
 from linearize.devices import pick_device, pick_dtype
-from linearize.documents import BUILTIN, chat_of, documents
+from linearize.documents import documents
 from linearize.errors import HubError, InputError, IntegrityError, UnsupportedError, UsageError
-from linearize.evaluation.recall_rows import TASKS, recall_row
 from linearize.methods import DEFAULT
 from linearize.methods.base import STARTS
 from linearize.methods.layout import check_options
 from linearize.modeling.modeling_linearized import install, linearized_class
 from linearize.progress import Progress, silent
+from linearize.text import HELD_OUT_PERCENT
 
-OWN_LENGTH = 128
 GENERATION_KEYS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
@@ -188,43 +187,6 @@ def convert_on_disk(
     return new, errors
 
 
-def own_text(model: Any) -> Tensor:
-    """Token ids (rows, length) that the model itself samples, or random ones: for a conversion that is given no text."""
-    if not model.can_generate():
-        return torch.randint(model.config.vocab_size, (CALIBRATION_ROWS, OWN_LENGTH), device=model.device)
-    begin = torch.tensor([[model.config.bos_token_id or 0]] * CALIBRATION_ROWS, device=model.device)
-    length = min(OWN_LENGTH, getattr(model.config, "max_position_embeddings", OWN_LENGTH))
-    options = {"do_sample": True, "max_length": length, "min_length": length, "pad_token_id": 0}
-    return model.generate(begin, attention_mask=torch.ones_like(begin), **options)  # type: ignore[no-any-return]
-
-
-def calibration_ids(tokenizer: Any, path: Path | None, plan: Plan | None = None, held_out: int | None = None) -> Tensor:
-    """Token ids (rows, length) of the calibration text: whole rows inside one document where there are any.
-
-    As long as the plan's model takes them and, where that is an encoder, framed by its special tokens. Where slots go by a learnt
-    score, more rows follow to fit it, every other one with something in it that is asked for at its end: in the first of these, by
-    which a state budget's search judges, it stands near the beginning, for what is said first must outlast everything.
-    """
-    docs = documents(str(path) if path is not None else BUILTIN, chat_of(tokenizer))
-    training, _ = text.split(docs, held_out or text.HELD_OUT_PERCENT)
-    tokens = text.tokenise(tokenizer, training)
-    limit = plan.max_positions if plan is not None else None
-    count, length = calibration_shape(plan.mixers if plan is not None else (), [min(len(doc), limit or len(doc)) for doc in tokens])
-    encoder = plan is not None and not plan.architecture.causal
-    rows = text.framed(tokenizer, tokens, length) if encoder else text.whole(tokens, length)
-    asked = asking(count)
-    step = max(len(rows) // (count - asked), 1)
-    ids = rows.ids[::step][: count - asked]
-    if not asked:
-        return ids
-    ids = ids.repeat(-(-(count - asked) // len(ids)), 1)[: count - asked]
-    hidden = [
-        recall_row(TASKS[i % len(TASKS)], tokenizer, tokens, ids.shape[1], f"calibration-{i}", within=(i + 1) / asked)
-        for i in range(asked)
-    ]
-    return torch.cat([ids, torch.tensor(hidden)])
-
-
 def convert(
     model: str,
     *,
@@ -239,6 +201,7 @@ def convert(
     trust_remote_code: bool = False,
     seed: int = 0,
     calibration: Path | None = None,
+    calibration_length: int | None = None,
     held_out: int | None = None,
     start: str = "calibrated",
     overwrite: bool = False,
@@ -246,29 +209,37 @@ def convert(
 ) -> Converted:
     """Convert MODEL into a checkpoint folder (default: its name and the method's). Nothing is overwritten unasked.
 
-    `held_out` is the percentage of the calibration's documents, by hash, that it does not see. With `state_budget`, bytes of one
-    sequence's state, method and options are found instead of given: see `measure_frontier`.
+    `held_out` is the percentage of the calibration's documents, by hash, that it does not see, `calibration_length` the tokens of
+    its rows where slots go by a learnt score, by default 4,096. With `state_budget`, bytes of one sequence's state, method and
+    options are found instead of given: see `measure_frontier`.
     """
     check_options(method, options, start)
     if start not in STARTS:
         raise UsageError(f"unknown start '{start}'", "--start", f"one of: {', '.join(STARTS)}")
+    if calibration_length and calibration_length < SHORTEST:
+        fix = f"--calibration-length {SHORTEST} or more"
+        raise UsageError(f"rows of {calibration_length} tokens have no room for what is asked", "--calibration-length", fix)
+    read = CalibrationText(calibration, held_out or HELD_OUT_PERCENT, calibration_length)
     if calibration is not None:
         documents(str(calibration))  # a bad file is said before the model is loaded
     if state_budget is not None and (method != DEFAULT or options):
         raise UsageError("a state budget finds method and options", "--state-budget", "leave out --method, --set and --recipe")
     source = resolve(model, revision, trust_remote_code)
     plan = plan_for(source, method, layers, options or {}, start)  # a model that cannot be converted is told before anything else
+    if calibration_length and state_budget is None and not any(mixer.scores_learned for mixer in plan.mixers):
+        fix = "leave it out, or --set slot_score=learned, or --state-budget SIZE"
+        raise UsageError("no layer has slots that go by a learnt score, which long rows are for", "--calibration-length", fix)
     target = output or Path(f"{source.name}-{file_name(method) if state_budget is None else f'{state_budget // 1000}KB'}")
     check_target(target, overwrite, source.path)
     on = pick_device(device)
     as_stored, costs, shown = pick_dtype(dtype, source.stored_dtype, on), dict[int, float](), list[Layout]()
     scores: Scores | None = None
     if state_budget is not None:
-        frontier, scores = measure_frontier(source, layers, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
+        frontier, scores = measure_frontier(source, layers, as_stored, on, read, seed, trust_remote_code, progress)
         found, shown = frontier.within(state_budget), frontier.shown(state_budget)
         plan = plan_for(source, found.method, layers, found.options, start)
     if plan.keeps:
-        costs = measure_swaps(plan, as_stored, on, calibration, held_out, seed, trust_remote_code, progress)
+        costs = measure_swaps(plan, as_stored, on, read, seed, trust_remote_code, progress)
         plan = plan.without(dearest(costs, plan.keeps))
     with scratch(target) if plan.route.streamed else nullcontext() as folder:
         progress("load", 0, 1)
@@ -276,7 +247,7 @@ def convert(
         shards = None if folder is None else release(loaded, folder, as_stored)
         progress("load", 1, 1)
         check_space(target, sum(p.numel() * p.element_size() for p in loaded.parameters()) * 2)
-        ids = calibration_ids(tokenizer, calibration, plan, held_out)
+        ids = calibration_ids(tokenizer, read, plan)
         if shards is None:
             new, errors = convert_in_memory(loaded.to(on).eval(), plan, ids, seed, progress, scores)
         else:
@@ -288,15 +259,15 @@ def convert(
 
 
 def measure_frontier(
-    source: Source, layers: str | None, dtype: torch.dtype, device: torch.device, calibration: Path | None, held_out: int | None,
-    seed: int, trusted: bool, progress: Progress,
+    source: Source, layers: str | None, dtype: torch.dtype, device: torch.device, read: CalibrationText, seed: int, trusted: bool,
+    progress: Progress,
 ) -> tuple[Frontier, Scores]:  # fmt: skip
     """The best layouts of any state size, out of `budget.candidates`, by what each costs each layer on the calibration text; and
     the slot scores that were fitted for all of them.
 
     The whole model is in memory. UnsupportedError for an encoder, which keeps no state.
     """
-    plan = plan_for(source, DEFAULT, layers, {**PLAIN, **STORED, "slots": SLOTS[0]}, STARTS[0])
+    plan = plan_for(source, DEFAULT, layers, {**PLAIN, **STORED, "slots": FEWEST_SLOTS}, STARTS[0])
     if not plan.architecture.causal:
         raise UnsupportedError("an encoder keeps no state from call to call", source.id, "leave out --state-budget")
     if plan.keeps:
@@ -306,7 +277,7 @@ def measure_frontier(
     progress("load", 0, 1)
     loaded, tokenizer = load_source(source, dtype, trusted)
     progress("load", 1, 1)
-    ids = calibration_ids(tokenizer, calibration, plan, held_out)
+    ids = calibration_ids(tokenizer, read, plan)
     model = attach(loaded.to(device).eval(), plan.config_field())
     rows = Rows.of(ids)
     scores = fit_scores(model, rows.ids[rows.fitted], device, progress)
@@ -317,8 +288,7 @@ def measure_swaps(
     plan: Plan,
     dtype: torch.dtype,
     device: torch.device,
-    calibration: Path | None,
-    held_out: int | None,
+    read: CalibrationText,
     seed: int,
     trusted: bool,
     progress: Progress,
@@ -327,7 +297,7 @@ def measure_swaps(
     progress("load", 0, 1)
     loaded, tokenizer = load_source(plan.source, dtype, trusted)
     progress("load", 1, 1)
-    ids = calibration_ids(tokenizer, calibration, plan, held_out)
+    ids = calibration_ids(tokenizer, read, plan)
     student, _ = convert_in_memory(loaded.to(device).eval(), plan, ids, seed, progress)
     return swap_costs(student, ids[:CALIBRATION_ROWS].to(device), progress)
 

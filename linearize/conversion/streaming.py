@@ -65,20 +65,30 @@ def expert_width(config: Mapping[str, Any], family: Architecture) -> int:
     return int(config.get("moe_intermediate_size") or family.mlp_width(config))
 
 
-def calibration_shape(mixers: Iterable[MixerSpec], documents: Sequence[int] = (SCORE_LENGTH,) * SCORE_ROWS) -> tuple[int, int]:
+def calibration_shape(
+    mixers: Iterable[MixerSpec], documents: Sequence[int] = (SCORE_LENGTH,) * SCORE_ROWS, wanted: int | None = None
+) -> tuple[int, int]:
     """Rows and their length that these mixers ask for, of documents of so many tokens.
 
-    A learnt score takes the longest rows, up to 4,096 tokens, of which the documents hold enough, and of these what they hold.
+    A learnt score takes the longest rows, up to 4,096 tokens, of which the documents hold enough, and of these what they hold; or
+    rows of the `wanted` length. ValueError where they hold too few of those.
     """
     longest = max(max(documents), 2)
     if not any(mixer.scores_learned for mixer in mixers):
         return CALIBRATION_ROWS, min(CALIBRATION_LENGTH, longest)
-    for length in (SCORE_LENGTH, SCORE_LENGTH // 2, min(SCORE_LENGTH // 4, longest)):
-        fewest, most = (CALIBRATION_ROWS + min(n * SCORE_LENGTH // length, MOST_ROWS) for n in (FEWEST_ROWS, SCORE_ROWS))
-        there = sum(size // length for size in documents)
-        if there >= fewest - asking(fewest):
+    for length in (wanted,) if wanted else (SCORE_LENGTH, SCORE_LENGTH // 2, min(SCORE_LENGTH // 4, longest)):
+        fewest, most = (CALIBRATION_ROWS + rows_of(n * SCORE_LENGTH, length) for n in (FEWEST_ROWS, SCORE_ROWS))
+        there, needed = sum(size // length for size in documents), fewest - asking(fewest)
+        if there >= needed:
             break
+    if wanted and there < needed:
+        raise ValueError(f"{there} rows of {wanted:,} tokens lie inside one document, and at least {needed} are needed")
     return max(fewest, min(most, 2 * there - CALIBRATION_ROWS)), length
+
+
+def rows_of(tokens: int, length: int) -> int:
+    """In how many rows of that length so many tokens are fitted to."""
+    return min(max(tokens // length, FEWEST_ROWS), MOST_ROWS)
 
 
 def started_on(mixer: MixerSpec, length: int) -> tuple[int, int]:

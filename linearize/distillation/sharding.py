@@ -6,15 +6,14 @@ pass, where FSDP's own reduction would not see them: every process keeps them wh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from linearize.conversion.blocks import blocks, checkpointed
 from linearize.devices import DTYPES, pick_dtype
 from linearize.distillation import lora
 from linearize.errors import UsageError
@@ -22,16 +21,6 @@ from linearize.loading import load
 from linearize.opening import check
 
 COMMAND = "linearize distill DIR --shard --num-processes 2"
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """The layers of the network that hold the converted attention modules, and those between them: units of sharding."""
-    path = model.config.linearize["layers"][0]["module"].split(".")
-    for end in range(len(path), 0, -1):
-        found = model.get_submodule(".".join(path[:end]))
-        if isinstance(found, nn.ModuleList):
-            return list(found)
-    return []
 
 
 def opened(
@@ -81,15 +70,6 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def checkpointed(model: Any) -> None:
-    """Let every layer compute its activations again in the backward pass instead of keeping them (Chen et al. 2016).
-
-    Not by transformers' own switch, which asks for training mode: some families' dropout would begin with it.
-    """
-    for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def make_optimizer(groups: list[dict[str, Any]], sharded: bool) -> torch.optim.Optimizer:

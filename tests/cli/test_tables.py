@@ -71,7 +71,7 @@ def test_a_recipe_says_method_and_options(
     options, learns = '{window: 4, "window@1": 8}', "held_out: 30, sequence: 32, stages: {lora: {tokens: 64}}"
     recipe.write_text(f"{{method: lolcats, options: {options}, {learns}}}")
     ids = convert.calibration_ids
-    monkeypatch.setattr(convert, "calibration_ids", lambda *given: seen.append(given[-1]) or ids(*given))
+    monkeypatch.setattr(convert, "calibration_ids", lambda *given: seen.append(given[1].held_out) or ids(*given))
     words = shlex.split(cli("plan", model, "--recipe", recipe, "--set", "window=6").out.split("to write it: ")[1])
     assert cli(*words[1:], "-o", tmp_path / "made", "--calibration", book).code == 0
     made = json.loads(cli("inspect", tmp_path / "made", "--json").out)

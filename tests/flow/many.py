@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from linearize import text
 from linearize.cli.exits import end
+from linearize.conversion.blocks import checkpointed
 from linearize.distillation import sharding
 from linearize.distillation.collectives import leave
 from linearize.distillation.loop import Trainer, make_accelerator
@@ -52,7 +53,7 @@ def train(folder: Path, output: Path, case: str) -> None:
         held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
         assert held * processes == sum(p.numel() for name, p in model.named_parameters() if ".linearize." not in name)
     if "checkpointing" in options:
-        sharding.checkpointed(model)
+        checkpointed(model)
     real = Trainer._step
 
     def seen(self: Any, *args: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from cli.tiny import TEXT, Cli, write_model
 
 from linearize.conversion import budget as layouts
 from linearize.conversion import budget_costs, calibration, convert
+from linearize.conversion.blocks import blocks
 from linearize.conversion.budget import PLAIN, STORED, Choice, Frontier, Layout, Options, candidates, without_memory
 from linearize.conversion.budget_costs import (
     ASKED_TOKENS,
@@ -86,7 +88,7 @@ def test_a_budget_is_kept_and_what_is_left_is_spent(seed: int) -> None:
 @pytest.fixture
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of slots for a tiny model would be nothing but slow."""
-    monkeypatch.setattr(layouts, "SLOTS", (8, 16, 32))
+    monkeypatch.setattr(layouts, "slot_counts", lambda length: [8, 16, 32])
     monkeypatch.setattr(layouts, "LASTING", 16)
 
 
@@ -139,11 +141,37 @@ def test_costs_tell_what_a_swap_does() -> None:
             assert real / 2 < told[attention.linearize_index, window] < real * 2
 
 
+def test_gradients_are_the_same_where_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the model is afterwards as it was before."""
+    _, model, rows = searched(160)
+    layers, kept = blocks(model), [0]
+
+    def gradients() -> dict[int, torch.Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(kept.pop() + x.numel()), x)[1], lambda x: x):
+            return output_gradients(model, rows, 0, silent)
+
+    own, own_kept = gradients(), kept.pop()
+    assert not any("forward" in vars(layer) for layer in layers)
+    kept.append(0)
+    monkeypatch.setattr(budget_costs, "recomputing", nullcontext)
+    other = gradients()
+    assert own_kept < kept.pop() / 2
+    for layer, gradient in own.items():
+        assert torch.equal(gradient, other[layer])
+
+
+def test_there_are_as_many_slots_as_three_quarters_of_a_row() -> None:
+    for length, last in ((160, 3072), (4096, 3072), (8192, 6144), (32768, 24576)):
+        slots = {own["slots"] for _, own in candidates(length)}
+        assert max(slots) == last
+        assert sorted(slots) == [0, *(2**n for n in range(6, 15) if 2**n < last), last]
+
+
 def test_slots_are_weighed_by_the_scores_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others keep other tokens: what has slots costs something else, what has none the same."""
     plan, model, rows = searched(160)
     some = [("window", {"window": 16, "slots": 0, **STORED}), ("default", {**PLAIN, **STORED, "slots": 16})]
-    monkeypatch.setattr(budget_costs, "candidates", lambda: some)
+    monkeypatch.setattr(budget_costs, "candidates", lambda length: some)
     scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
     one, other = (measure_costs(model, plan, rows, given, 0, silent) for given in (scores, {}))
     assert [c.options["slots"] for c in one] == [0, 16] * len(plan.parts)
@@ -158,7 +186,7 @@ def test_slots_without_a_memory_are_weighed_by_what_a_memory_leaves_out(monkeypa
     scores = fit_scores(model, rows.ids[rows.fitted], model.device, silent)
     found = []
     for some in ([("default", slots), bare], [bare]):
-        monkeypatch.setattr(budget_costs, "candidates", lambda some=some: some)
+        monkeypatch.setattr(budget_costs, "candidates", lambda length, some=some: some)
         found.append([c for c in measure_costs(model, plan, rows, scores, 0, silent) if c.method == "window"])
     for one, other in zip(*found, strict=True):
         assert (one.bytes, one.options) == (other.bytes, other.options)

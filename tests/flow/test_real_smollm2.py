@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from linearize import convert_model
-from linearize.conversion.convert import calibration_ids, convert, load_source
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import convert, load_source
 from linearize.conversion.sources import packaged_smollm2, resolve
 from linearize.documents import BUILTIN, documents
 from linearize.methods import get, make, names
@@ -59,7 +60,7 @@ def text(loaded: tuple[Any, Any]) -> Tensor:
 def converted(loaded: tuple[Any, Any], method: str, **options: Any) -> Any:
     """The model converted afresh, calibrated on a few hundred tokens; it never ends its answer."""
     base, tokenizer = loaded
-    calibration = calibration_ids(tokenizer, None)[:1, :CALIBRATION]
+    calibration = calibration_ids(tokenizer, CalibrationText())[:1, :CALIBRATION]
     model = convert_model(copy.deepcopy(base), method=method, options=options, calibration=calibration)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.eos_token_id)
     return model

@@ -12,7 +12,8 @@ from cli.tiny import TEXT, write_model
 from transformers import AutoTokenizer
 
 from linearize.conversion.calibration import start_mixer
-from linearize.conversion.convert import calibration_ids, convert
+from linearize.conversion.calibration_text import CalibrationText, calibration_ids
+from linearize.conversion.convert import convert
 from linearize.conversion.plan import make_plan
 from linearize.conversion.streaming import (
     CALIBRATION_ROWS,
@@ -23,6 +24,7 @@ from linearize.conversion.streaming import (
     asking,
     calibration_shape,
 )
+from linearize.errors import InputError, UsageError
 from linearize.loading import load
 from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
@@ -108,7 +110,7 @@ def test_a_conversion_fits_it_on_rows_of_its_own(tmp_path: Path) -> None:
     options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned", "kv_dtype": "int8"}
     plan = make_plan(str(source), options=options)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = calibration_ids(tokenizer, tmp_path / "book.txt", plan)
+    ids = calibration_ids(tokenizer, CalibrationText(tmp_path / "book.txt"), plan)
     assert CALIBRATION_ROWS < len(ids) <= CALIBRATION_ROWS + MOST_ROWS
     first = ids[len(ids) - asking(len(ids))]  # of those that ask for something: it stands near the beginning
     key = str(tokenizer.decode(first))
@@ -181,6 +183,33 @@ def test_rows_are_as_long_as_the_text_has_enough_of_them(documents: list[int]) -
     longer = 2 * length
     if longer in (SCORE_LENGTH, SCORE_LENGTH // 2):
         assert sum(size // longer for size in documents) < CALIBRATION_ROWS + FEWEST_ROWS * SCORE_LENGTH // longer // 2
+
+
+def test_rows_of_a_length_that_is_wanted() -> None:
+    """Or an error: neither shorter ones nor rows of several documents."""
+    for length, documents, most in ((8192, [9000] * 40, 14), (8192, [9000] * 4, 6), (512, [9000] * 40, 2 + MOST_ROWS)):
+        assert calibration_shape({SPEC}, documents, length) == (most, length)
+    with pytest.raises(ValueError, match="3 rows of 8,192 tokens lie inside one document, and at least 4 are needed"):
+        calibration_shape({SPEC}, [9000] * 3, 8192)
+
+
+def test_a_conversion_on_rows_of_a_length_that_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, book = write_model(tmp_path / "tiny"), tmp_path / "book.txt"
+    book.write_text(4 * TEXT, encoding="utf-8")
+    seen: list[int] = []
+    add = ScoreFit.add
+    monkeypatch.setattr(ScoreFit, "add", lambda self, given: (seen.append(given.target.shape[1]), add(self, given))[1])
+    options = {"window": 4, "sinks": 2, "slots": 8, "slot_score": "learned"}
+    convert(str(source), options=options, calibration=book, calibration_length=256, output=tmp_path / "out")
+    assert set(seen) == {256}
+    with pytest.raises(InputError, match="0 rows of 100,000 tokens") as found:
+        convert(str(source), options=options, calibration=book, calibration_length=100_000, output=tmp_path / "other")
+    assert str(book) in found.value.where
+    with pytest.raises(UsageError, match="no layer has slots that go by a learnt score"):
+        convert(str(source), calibration=book, calibration_length=256, output=tmp_path / "other")
+    with pytest.raises(UsageError, match="no room for what is asked"):
+        convert(str(source), options=options, calibration=book, calibration_length=255, output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_rate_forgets_what_is_old() -> None:
