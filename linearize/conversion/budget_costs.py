@@ -173,8 +173,8 @@ def output_gradients(model: Any, rows: Rows, seed: int, progress: Progress) -> d
     found: dict[int, list[Tensor]] = {attention.linearize_index: [] for attention in attentions(model)}
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
-        own = found[attention.linearize_index]
-        target.register_hook(lambda gradient: own.append(gradient.to(target.dtype)))
+        own, dtype = found[attention.linearize_index], target.dtype  # a hook that held its tensor would hold the whole graph
+        target.register_hook(lambda gradient: own.append(gradient.to(dtype)))
 
     needed = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
