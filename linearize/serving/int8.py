@@ -1,6 +1,7 @@
 """Weights in 8 bits for decoding: half the bytes to read for each token; PyTorch's own kernel multiplies them as they are.
 
-torchao's weight-only form is made for compiled code: called directly it took 2.8 times as long as bf16, this one 0.7 times.
+torchao's weight-only form is made for compiled code: called directly it took 2.8 times as long as bf16, this one 0.7 times. The
+kernel is fast where what it multiplies is bf16, whatever the model runs in: in fp32 it takes ten times as long.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ ROWS = 8  # of more tokens at once a product in the layer's own dtype is faster
 
 
 class Int8Linear(nn.Module):
-    """y = s (x W^T) + b with W (N, K) in int8 and a scale s (N,) for each row, the row's largest weight over 127."""
+    """y = s (x W^T) + b with W (N, K) in int8 and a scale s (N,) in bf16 for each row, the row's largest weight over 127.
+
+    Of up to `ROWS` tokens x is rounded to bf16, which is as coarse as the weights are.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -25,7 +29,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1).clamp(min=1e-30) / LARGEST).to(linear.weight.dtype)  # as the kernel takes it
+        scale = (weight.abs().amax(1).clamp(min=1e-30) / LARGEST).to(torch.bfloat16)
         steps = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)
         self.register_buffer("weight", steps.to(torch.int8))
         self.register_buffer("scale", scale)
@@ -34,8 +38,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > ROWS:
-            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
-        y = torch._weight_int8pack_mm(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None].to(x.dtype), self.bias)
+        y = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).view(*x.shape[:-1], -1).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -38,7 +38,10 @@ def test_int8_products(bias: bool, rows: int) -> None:
     quick, x = Int8Linear(linear), torch.randn(2, rows, 64)[:1]
     rounded = quick.weight.float() * quick.scale[:, None]
     assert bool(((rounded - linear.weight).abs() <= 0.501 * quick.scale[:, None]).all())
-    assert deviation(quick(x), nn.functional.linear(x, rounded, linear.bias)) < 1e-5
+    few = rows <= ROWS  # then what goes in and what comes out is bf16
+    seen = x.to(torch.bfloat16).float() if few else x
+    assert deviation(quick(x), nn.functional.linear(seen, rounded, linear.bias)) < (4e-3 if few else 1e-5)
+    assert quick(x).dtype == x.dtype
     assert quick.weight.dtype == torch.int8
 
 
