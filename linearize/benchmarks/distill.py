@@ -18,12 +18,12 @@ from linearize.benchmarks.training import (
     attention_step,
     lora_step,
     packed_rows,
-    recomputing,
     stage_of,
     teacher_pass,
     there_and_back,
     with_adapter,
 )
+from linearize.conversion.blocks import recomputing
 from linearize.evaluation.timing import in_turn
 from linearize.methods.base import ATTENTION, LORA, Stage
 from linearize.progress import Progress, silent
@@ -122,15 +122,16 @@ def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, rep
     stage = stage_of(subject.model, LORA) or Stage(LORA, 1, 1e-4)
     rows, found = Rows(), dict[str, Any]()
     for name, model, limit in (("student", subject.model, max(lengths)), ("teacher", subject.teacher, teacher_to)):
-        trained, _ = with_adapter(recomputing(model), stage)
+        trained, _ = with_adapter(model, stage)
         runs = {length: there_and_back(trained, subject.text(length)) for length in lengths if length <= limit}
         if not runs:
             continue
         work = {}
-        for done, (length, run) in enumerate(runs.items()):
-            subject.progress(f"bench: {name} by length", done, len(runs), length=length)
-            work[length] = counted(run, weight_bytes(model))
-        seconds = in_turn({str(length): run for length, run in runs.items()}, repeats, subject.clock)
+        with recomputing(model):
+            for done, (length, run) in enumerate(runs.items()):
+                subject.progress(f"bench: {name} by length", done, len(runs), length=length)
+                work[length] = counted(run, weight_bytes(model))
+            seconds = in_turn({str(length): run for length, run in runs.items()}, repeats, subject.clock)
         rows += [row(f"{name}, forward and backward", seconds[str(x)], work[x], x, length=x) for x in runs]
         a_token = {str(x): seconds[str(x)].median / x for x in runs}
         found[name] = {"seconds_a_token": a_token, "largest_over_smallest": max(a_token.values()) / min(a_token.values())}

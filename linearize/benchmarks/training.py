@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from linearize import text
-from linearize.conversion.blocks import checkpointed
 from linearize.conversion.calibration import few_logits
 from linearize.distillation import lora
 from linearize.distillation.loop import Task, make_accelerator
@@ -110,12 +109,6 @@ def lora_step(adapted: Any, parameters: list[nn.Parameter], stage: Stage, ids: T
     """A step of LoRA against the same model without adapter and mixers: of a student, or of a model that has no mixers."""
     accelerator = make_accelerator("cpu" if ids.device.type == "cpu" else "auto")
     return Step(LogitDistillation(accelerator, adapted, adapted, stage, None), parameters, ids, in_order(ids))
-
-
-def recomputing(model: Any) -> Any:
-    """Let every layer keep its input alone, so that a long row fits: what is timed is then one more forward pass."""
-    checkpointed(model)
-    return model
 
 
 def there_and_back(adapted: Any, ids: Tensor) -> Run:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from linearize.conversion.streaming import SCORE_LENGTH
 from linearize.errors import InputError
 from linearize.ranges import span
 
 SINKS, WINDOW = 4, 64
 WINDOWS = (16, 64, 256)
 FEWEST_SLOTS = 64  # of a kv head; a layer may give some of its heads one number and the rest another
-ROW = 4096  # tokens of a text that layouts are for, unless longer ones are asked for
 NARROW = 8  # columns of a memory's map behind slots: it holds little more than the mean of what they leave, and that is most of it
 SLOW, LASTING = 0.15, 1024  # a fade for layers that look up what was said long ago; the only one of heads with more slots than that
 MEMORIES = (64,)  # windows with such a memory and no slots
@@ -29,12 +29,12 @@ Options = Mapping[str, Any]
 
 def slot_counts(length: int) -> list[int]:
     """Of a kv head: powers of two up to half a row of so many tokens, and three quarters of it; of short rows, as of 4,096."""
-    length = max(length, ROW)
+    length = max(length, SCORE_LENGTH)
     doublings = (length // 2 // FEWEST_SLOTS).bit_length()
     return [*(FEWEST_SLOTS << n for n in range(doublings)), length * 3 // 4]
 
 
-def candidates(length: int = ROW) -> list[tuple[str, Options]]:
+def candidates(length: int = SCORE_LENGTH) -> list[tuple[str, Options]]:
     """Method and options of all that a layer may become with all heads alike, for texts of so many tokens: windows, windows with a
     memory, windows with slots whose scores fade fast or slowly, with a narrow memory of what these give up and without."""
     near: list[tuple[str, Options]] = [("window", {"window": w, "slots": 0}) for w in WINDOWS]
