@@ -28,10 +28,11 @@ Options = Mapping[str, Any]
 
 
 def slot_counts(length: int) -> list[int]:
-    """Of a kv head: powers of two up to half a row of so many tokens, and three quarters of it; of short rows, as of 4,096."""
+    """Of a kv head: powers of two, half a row of so many tokens, and three quarters of it; of short rows, as of 4,096."""
     length = max(length, SCORE_LENGTH)
-    doublings = (length // 2 // FEWEST_SLOTS).bit_length()
-    return [*(FEWEST_SLOTS << n for n in range(doublings)), length * 3 // 4]
+    half = length // 2
+    below = ((half - 1) // FEWEST_SLOTS).bit_length()
+    return [*(FEWEST_SLOTS << n for n in range(below)), half, length * 3 // 4]
 
 
 def candidates(length: int = SCORE_LENGTH) -> list[tuple[str, Options]]:

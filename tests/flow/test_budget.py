@@ -169,10 +169,9 @@ def test_gradients_are_the_same_where_activations_are_computed_again(monkeypatch
 
 
 def test_there_are_as_many_slots_as_three_quarters_of_a_row() -> None:
-    for length, last in ((160, 3072), (4096, 3072), (8192, 6144), (32768, 24576)):
+    for length, half in ((160, 2048), (4096, 2048), (8000, 4000), (8192, 4096), (32768, 16384)):
         slots = {own["slots"] for _, own in candidates(length)}
-        assert max(slots) == last
-        assert sorted(slots) == [0, *(2**n for n in range(6, 15) if 2**n < last), last]
+        assert sorted(slots) == [0, *(2**n for n in range(6, 15) if 2**n < half), half, half * 3 // 2]
 
 
 def test_slots_are_weighed_by_the_scores_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
