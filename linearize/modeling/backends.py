@@ -9,7 +9,6 @@ that have it, multiply in TF32, so they are less exact. Functions here have the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 
@@ -19,12 +18,13 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import WIDTH, asked, takes
+from .native_ops import additive as native_additive
 from .recurrence_additive import chunked as own_additive_chunked
 from .recurrence_additive import step as own_additive_step
 from .recurrence_delta import chunked as own_delta_chunked
 from .recurrence_delta import step as own_delta_step
 
-BACKENDS = ("auto", "torch", "fla")
 SERIES = "0.6"  # of flash-linear-attention: layouts and defaults have changed between its versions
 WIDEST_DELTA = 256  # features; more do not fit into the shared memory of a delta kernel
 Result = tuple[Tensor, Tensor]
@@ -55,14 +55,11 @@ def kernels() -> dict[str, Callable[..., Result]] | None:
 
 def by_kernel(*tensors: Tensor | None) -> bool:
     """Whether a kernel computes a call with these tensors."""
-    asked = os.environ.get("LINEARIZE_BACKEND", "auto")
-    if asked not in BACKENDS:
-        raise ValueError(f"LINEARIZE_BACKEND must be one of {', '.join(BACKENDS)}, got {asked!r}")
-    given = [x for x in tensors if x is not None]
-    if asked == "torch" or (asked == "auto" and not given[0].is_cuda):
+    backend, given = asked(), [x for x in tensors if x is not None]
+    if backend in ("torch", "native") or (backend == "auto" and not given[0].is_cuda):
         return False
     if kernels() is None:
-        if asked == "fla":
+        if backend == "fla":
             raise ImportError(f"LINEARIZE_BACKEND=fla needs flash-linear-attention {SERIES} and triton: linearize's extra 'fla'")
         return False
     return all(x.dtype == torch.float32 and x.numel() > 0 for x in given)
@@ -90,6 +87,8 @@ def run(name: str, q: Tensor, state: Tensor, **streams: Tensor | None) -> Result
 
 
 def additive_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, terraced: int = 0) -> Result:
+    if g is None and q.shape[-1] % WIDTH == 0 and takes(q, k, v, state):
+        return native_additive(q, k, v, state, terraced)
     if not by_kernel(q, k, v, g, state) or terraced:
         return own_additive_chunked(q, k, v, g, state, terraced)
     return run("head chunked" if g is None or g.dim() == 3 else "channel chunked", q, state, k=k, v=v, g=g)

@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .products import LOG2E
 from .spec import MixerSpec, Shape
 
 
@@ -36,3 +37,8 @@ class FarMass(nn.Module):
             return top + bias
         projected = (q * self.query.to(q.dtype)[:, None]).sum(-1)
         return projected + bias + self.near.to(top.dtype)[:, None] * top
+
+    def terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """u, b and c of log2 of the factor, for a maximum of base 2; None where they are 0, 0 and 1."""
+        bias = None if self.kind == "none" else self.bias * LOG2E
+        return (self.query * LOG2E, bias, self.near) if self.kind == "query" else (None, bias, None)

@@ -33,6 +33,11 @@ class FarOutput(nn.Module):
         bias = self.open if spec.gate_bias else None
         self.gate = Projection(shape.hidden_size, heads, width, spec.gate_rank, bias) if spec.out_gate != "none" else None
 
+    @property
+    def plain(self) -> bool:
+        """Whether y = o."""
+        return self.norm == "none" and self.skip is None and self.map is None and self.gate is None
+
     def forward(self, out: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
         """out (B, H, T, V), the tokens' own values v (B, G, T, V) and the layer's input (B, T, C)."""
         if self.skip is not None:

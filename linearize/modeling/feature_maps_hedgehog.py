@@ -9,6 +9,8 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .feature_maps_basic import FeatureMap, identity_start, project
+from .native import WIDTH, takes
+from .native_ops import hedgehog as native_hedgehog
 from .products import exp
 from .spec import MixerSpec
 
@@ -27,6 +29,8 @@ class Hedgehog(FeatureMap):
         return project(x, torch.cat([self.weight, -self.weight], dim=-1))
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        if self.columns % WIDTH == 0 and takes(x, self.weight):
+            return native_hedgehog(x, self.weight)
         found: Tensor = self.signed(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 try:
     import torch
@@ -17,13 +18,16 @@ from .gates import Projection
 from .leaving import Leaving, Queries
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
+from .native import differentiable, takes
+from .native_ops import fuses, hybrid, merge
 from .places import Place, Places
+from .products import LOG2E
 from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
 from .storage import EIGHT, kept, opened, pair, rounded
-from .window import Part, Scores, entered, near_chunked, near_step, received_step
+from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,30 @@ class Stream:
 
 @dataclass(frozen=True)
 class Halves:
-    """Near part (B, H, T, .), the far memory's output (B, H, T, V) and mass (B, H, T), and the stream that they came from."""
+    """Near part (B, H, T, .), what is read of the far memory (B, H, T, V), its mass (B, H, T), and the stream that they came from.
+
+    A read that is `summed` is a numerator: the mass divides it. `output` is what happens to it then. `merged` (B, H, T, V)
+    instead of them where a kernel has made both.
+    """
 
     near: Part | None
-    far: Tensor | None
+    read: Tensor | None
     mass: Tensor | None
     stream: Stream
+    summed: bool = False
+    output: Callable[[Tensor], Tensor] | None = None
+    merged: Tensor | None = None
+
+    @cached_property
+    def far(self) -> Tensor | None:
+        """The far memory's output (B, H, T, V)."""
+        if self.read is None:
+            return None
+        far = self.read
+        if self.summed:
+            values, mass = far.split([far.shape[-1] - 1, 1], dim=-1)
+            far = divide(values, mass[..., 0])
+        return far if self.output is None else self.output(far)
 
 
 class Mixer(Leaving):
@@ -112,6 +134,7 @@ class Mixer(Leaving):
             self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
             self.merge = Merge(spec, shape)
             self.output = FarOutput(spec, shape)
+        self.fused = fuses(spec, shape)
         self.reads_hidden = any(isinstance(module, Projection) for module in self.modules())
 
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
@@ -133,7 +156,9 @@ class Mixer(Leaving):
             if state is not None and place is not None:
                 halves, after = self._step(stream, state, inputs.score, place)
             else:
-                halves, after = self._chunked(stream, state, inputs.score, keep and inputs.segments is None, inputs.k.dtype)
+                halves, after = self._chunked(
+                    stream, state, inputs.score, keep and inputs.segments is None, inputs.k.dtype, joint=True
+                )
             out = self.combine(halves)
             out = out if rows is None else rows.scatter(out)
             return out.transpose(1, 2).to(inputs.q.dtype), after
@@ -224,32 +249,22 @@ class Mixer(Leaving):
     # ---- many tokens ----
 
     def _chunked(
-        self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype
+        self, s: Stream, state: State | None, score: Scores, keep: bool, dtype: torch.dtype, joint: bool = False
     ) -> tuple[Halves, State | None]:
+        """Both halves, or what they come to where `joint` allows it and a kernel makes it."""
         spec, (batch, _, time, _) = self.spec, s.q.shape
         before = state if state is not None else empty_state(spec, self.shape, batch, dtype, s.q.device)
         before = parts(spec, before)
-        count, queries = before["count"], self._queries(s, score)
+        count, fresh = before["count"], state is None
         after: State = {**before, "count": count + (time if s.lengths is None else s.lengths)}
-        near, read = None, None
         joined: Tokens = {}
-        if spec.has_near:
-            for name, x in self._held(s).items():
-                past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
-                joined[name] = torch.cat(
-                    [past if state is None else opened(chronological(before[f"recent_{name}"], count), x.dtype), x], dim=2
-                )
-            near = self._near(queries.near, s, before, joined, after, score, state is None)
-            if self.takes_leavers or spec.slots:
-                slots, read = self.leave(queries, joined, before, after)
-                near = near if slots is None else near.join(slots)
-        if spec.has_far and spec.coverage == "all":
-            valid = None if s.lengths is None else torch.arange(time, device=count.device) < s.lengths[:, None]
-            entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, valid)
-            assert queries.far is not None
-            read, far = self.read(queries.far, entries, before["far"].to(s.q.dtype), queries.route)
-            after["far"] = stored(far, before["far"].dtype, after["count"])
-        halves = self._halves(near, read, s, score)
+        for name, x in self._held(s).items() if spec.has_near else ():
+            past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
+            joined[name] = torch.cat([past if fresh else opened(chronological(before[f"recent_{name}"], count), x.dtype), x], dim=2)
+        if joint and self._in_one_pass(s, score):
+            halves = Halves(None, None, None, s, merged=self._merged(s, before, joined, after, score))
+        else:
+            halves = self._apart(s, before, joined, after, score, fresh)
         if not keep:
             return halves, None
         for name, x in joined.items():
@@ -257,6 +272,42 @@ class Mixer(Leaving):
             after[held] = refill(x, spec.recent, count, after["count"], before[held].dtype)
         after.update({name: x.to(before[name].dtype) for name, x in s.conv.items()})
         return halves, whole(after)
+
+    def _apart(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Halves:
+        spec, queries = self.spec, self._queries(s, score)
+        near, read = None, None
+        if spec.has_near:
+            near = self._near(queries.near, s, before, joined, after, score, fresh)
+            if self.takes_leavers or spec.slots:
+                slots, read = self.leave(queries, joined, before, after)
+                near = near if slots is None else near.join(slots)
+        if spec.has_far and spec.coverage == "all":
+            valid = None if s.lengths is None else torch.arange(s.q.shape[2], device=s.q.device) < s.lengths[:, None]
+            entries = self.entries(s.far_k, s.far_v, s.arrivals, s.position, valid)
+            assert queries.far is not None
+            read, far = self.read(queries.far, entries, before["far"].to(s.q.dtype), queries.route)
+            after["far"] = stored(far, before["far"].dtype, after["count"])
+        return self._halves(near, read, s, score)
+
+    def _in_one_pass(self, s: Stream, score: Scores) -> bool:
+        """Whether a kernel makes both halves of a call at once."""
+        plain = s.lengths is None and score.softcap is None and score.null is None and self.ablate is None
+        given = (s.q, s.k, s.v, s.far_q, s.far_k)
+        return self.fused and plain and takes(*given) and not differentiable(*given, *self.parameters())
+
+    def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores) -> Tensor:
+        """The layer's output (B, H, T, V) by a kernel."""
+        sink_k, sink_v = self._sinks(s, before, after)
+        assert self.far_mass is not None
+        given = {
+            "q": s.q, "far_q": s.far_q, "k": joined["k"], "v": joined["v"], "far_k": joined.get("far_k", joined["k"]),
+            "sink_k": sink_k[:, :, : self.spec.sinks], "sink_v": sink_v[:, :, : self.spec.sinks],
+            "count": before["count"].expand(len(s.q)), "weight_q": self.map_q.weight, "weight_k": self.map_k.weight,
+        }  # fmt: skip
+        state = before["far"].to(s.q.dtype)
+        out, far = hybrid(given, self.far_mass.terms(), state, self.spec.window, score.scale * LOG2E)
+        after["far"] = stored(far, before["far"].dtype, after["count"])
+        return out.transpose(1, 2)
 
     def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
         spec, sinks = self.spec, self._sinks(s, before, after)
@@ -307,39 +358,30 @@ class Mixer(Leaving):
             return Halves(near, None, None, s)
         read, mass = read.flatten(1, 2), None
         if self.spec.normalise:
-            read, mass = divide(read[..., :-1], read[..., -1]), read[..., -1]
+            mass = read[..., -1]
         elif self.spec.merge == "denominator":
             more = torch.tensor([g in self.spec.more_heads for g in range(self.shape.kv_heads)], device=read.device)
             held = more.repeat_interleave(self.groups)[:, None] * self.spec.more_slots
             mass = (entered(self.spec, s.position)[:, None] > held).to(read.dtype).expand(read.shape[:3])
-        return Halves(near, self.output(read, s.far_v, s.hidden), mass, s)
+        output = None if self.output.plain else partial(self.output, v=s.far_v, hidden=s.hidden)
+        return Halves(near, read, mass, s, self.spec.normalise, output)
 
     def combine(self, halves: Halves) -> Tensor:
         """The layer's output (B, H, T, V)."""
-        near, far, s = halves.near, halves.far, halves.stream
-        if near is not None and (far is None or self.ablate == "far"):
+        near, read, s = halves.near, halves.read, halves.stream
+        if halves.merged is not None:
+            return halves.merged
+        if near is not None and (read is None or self.ablate == "far"):
             return near.output()
-        assert far is not None
-        if self.ablate == "far":
-            return torch.zeros_like(far)
-        if near is None or self.ablate == "near":
-            return far
+        if near is None or self.ablate is not None:
+            assert halves.far is not None
+            return torch.zeros_like(halves.far) if self.ablate == "far" else halves.far
         factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)
-        return self.merge(near, far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
-
-
-def with_null(near: Part, null: Tensor) -> Part:
-    """Logits (H, n) beside the near half's scores, with no value (learned sinks, Lizard's meta tokens): they only take weight."""
-    null = null.to(near.top.dtype)[:, None]
-    top = torch.maximum(near.top, null.detach().amax(-1))
-    factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
-    return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
-
-
-def with_attention(scores: Tensor, got: Tensor) -> Tensor:
-    """Scores (B, G, n, .) whose first is the largest attention so far, with what queries now gave (B, G, n)."""
-    first = torch.maximum(scores[..., 0], got.to(scores.dtype))
-    return torch.cat([first[..., None], scores[..., 1:]], dim=-1)
+        if factor is not None and halves.summed and halves.output is None and takes(near.numerator, read, factor):
+            own = (near.numerator, near.denominator, near.top)
+            if read is not None and not differentiable(*own):
+                return merge(*own, read, factor)
+        return self.merge(near, halves.far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import differentiable, takes
+from .native_ops import window as native_window
 from .products import LN2, LOG2E, exp, product
 from .spec import MixerSpec
 
@@ -153,6 +155,10 @@ def near_chunked(
     `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .), and
     where `after` (B,) is given, the attention that each key (B, G, lead + T) received from queries before that position.
     """
+    if after is None and score.softcap is None and takes(q, k, v) and not differentiable(q, k, v, sink_k, sink_v):
+        sizes = (spec.sinks, spec.window, spec.window_kind != "sliding")
+        found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E)
+        return Part(found[0], found[1], found[2] * LN2), None
     time, size = q.shape[3], min(chunk_size(spec), max(q.shape[3], 1))
     pad = -time % size
     if pad:
@@ -203,3 +209,17 @@ def received_step(weights: Tensor, distance: Tensor, spec: MixerSpec) -> Tensor:
     shares = ring / (ring.sum(-1, keepdim=True) + sinks.sum(-1, keepdim=True))
     got: Tensor = (shares * (distance > spec.window // 8)).amax(2)
     return got
+
+
+def with_null(near: Part, null: Tensor) -> Part:
+    """Logits (H, n) beside the near half's scores, with no value (learned sinks, Lizard's meta tokens): they only take weight."""
+    null = null.to(near.top.dtype)[:, None]
+    top = torch.maximum(near.top, null.detach().amax(-1))
+    factor, extra = (near.top - top).exp(), (null - top[..., None]).exp().sum(-1)
+    return Part(near.numerator * factor[..., None], near.denominator * factor + extra, top)
+
+
+def with_attention(scores: Tensor, got: Tensor) -> Tensor:
+    """Scores (B, G, n, .) whose first is the largest attention so far, with what queries now gave (B, G, n)."""
+    first = torch.maximum(scores[..., 0], got.to(scores.dtype))
+    return torch.cat([first[..., None], scores[..., 1:]], dim=-1)

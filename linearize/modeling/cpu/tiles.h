@@ -1,0 +1,131 @@
+// Vectors, products of small matrices and 2^x: what all kernels are made of. Everything is float32, nothing is approximate.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using Index = int64_t;
+#ifdef __AVX512F__
+constexpr int LANES = 16, TALL = 8;  // of a vector; rows that are multiplied at once, so that their sums stay in registers
+#else
+constexpr int LANES = 8, TALL = 4;
+#endif
+constexpr int WIDTH = 16;  // rows of numbers are filled up to a multiple of it, whatever the vectors
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4)));
+
+inline Index up(Index n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
+inline Vector all(float x) { return x - Vector{}; }  // x + 0 would not be x where it is -0
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+inline float sum(Vector v) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+
+inline float largest(Vector v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; i++) top = std::max(top, v[i]);
+  return top;
+}
+
+inline float dot(const float* a, const float* b, Index size) {
+  Vector sums = Vector{};
+  Index j = 0;
+  for (; j + LANES <= size; j += LANES) sums += load(a + j) * load(b + j);
+  float found = sum(sums);
+  for (; j < size; j++) found += a[j] * b[j];
+  return found;
+}
+
+// 2^x for x <= 127; 0 below 2^-126. The polynomial errs by less than half of the last bit on [-1/2, 1/2].
+inline Vector power_of_two(Vector x) {
+  const Vector bounded = larger(x, all(-126.0f));
+  const Vector whole = (bounded + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+  const Vector f = bounded - whole;
+  Vector p = all(1.5252734e-5f);
+  for (float c : {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) p = p * f + c;
+  const Mask exponent = __builtin_convertvector(whole, Mask) << 23;
+  const Vector found = reinterpret_cast<Vector>(reinterpret_cast<Mask>(p) + exponent);
+  return x < all(-126.0f) ? Vector{} : found;
+}
+
+// Rows (B, h, T, .) with steps of their own; channels lie side by side.
+struct Rows {
+  const float* data;
+  Index of_batch, of_head, of_token;
+  const float* at(Index b, Index h, Index t) const { return data + b * of_batch + h * of_head + t * of_token; }
+};
+
+// A matrix as the left factor: element (i, k) is at data[i * row + k * column].
+struct Left {
+  const float* data;
+  Index row, column;
+};
+
+// A matrix as the right factor: LANES columns of row k, from the p-th LANES columns on, are at data[p * panel + k * row].
+struct Right {
+  const float* data;
+  Index row, panel;
+  Right from(Index panels) const { return {data + panels * panel, row, panel}; }
+};
+
+template <int ROWS, int PANELS>
+inline void tile(const Left& a, const Right& b, Index depth, float* c, Index row, bool add) {
+  Vector sums[ROWS][PANELS];
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < PANELS; j++) sums[i][j] = add ? load(c + i * row + j * LANES) : Vector{};
+  const float* right = b.data;
+  const float* left = a.data;
+  for (Index k = 0; k < depth; k++, right += b.row, left += a.column) {
+    Vector columns[PANELS];
+    for (int j = 0; j < PANELS; j++) columns[j] = load(right + j * b.panel);
+    for (int i = 0; i < ROWS; i++) {
+      const Vector x = all(left[i * a.row]);
+      for (int j = 0; j < PANELS; j++) sums[i][j] += x * columns[j];
+    }
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < PANELS; j++) store(c + i * row + j * LANES, sums[i][j]);
+}
+
+template <int PANELS>
+inline void columns(Left a, const Right& b, Index rows, Index depth, float* c, Index row, bool add) {
+  Index i = 0;
+  for (; i + TALL <= rows; i += TALL, a.data += TALL * a.row, c += TALL * row) tile<TALL, PANELS>(a, b, depth, c, row, add);
+  for (; i < rows; i++, a.data += a.row, c += row) tile<1, PANELS>(a, b, depth, c, row, add);
+}
+
+// c (rows, LANES * panels) = a b, or += where `add`; c has `row` floats a row.
+inline void product(const Left& a, Right b, Index rows, Index panels, Index depth, float* c, Index row, bool add) {
+  while (panels > 0) {
+    const Index width = panels == 4 || panels == 2 ? 2 : std::min<Index>(panels, 3);
+    if (width == 3) columns<3>(a, b, rows, depth, c, row, add);
+    if (width == 2) columns<2>(a, b, rows, depth, c, row, add);
+    if (width == 1) columns<1>(a, b, rows, depth, c, row, add);
+    panels -= width, b = b.from(width), c += width * LANES;
+  }
+}
+
+// Rows x (rows, width) as the right factor of depth `width`: x^T in panels of LANES rows, zero beyond the last.
+inline Right transposed(const float* x, Index rows, Index width, Index row, float* into) {
+  for (Index p = 0; p < up(rows) / LANES; p++)
+    for (int i = 0; i < LANES; i++)
+      for (Index k = 0; k < width; k++)
+        into[(p * width + k) * LANES + i] = p * LANES + i < rows ? x[(p * LANES + i) * row + k] : 0.0f;
+  return {into, LANES, width * LANES};
+}
+
+// x (rows, width) with rows of up(width) floats, zero beyond the last.
+inline Right padded(const float* x, Index rows, Index width, Index row, float* into) {
+  for (Index i = 0; i < rows; i++) {
+    std::memcpy(into + i * up(width), x + i * row, width * sizeof(float));
+    std::fill(into + i * up(width) + width, into + (i + 1) * up(width), 0.0f);
+  }
+  return {into, up(width), LANES};
+}

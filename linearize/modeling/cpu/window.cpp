@@ -1,0 +1,30 @@
+#include "window.h"
+
+// q (B, G, R, T, D) with steps of its own, k and v (B, G, lead + T, .), sinks (B, G, s, .), count (B) of tokens before; numerator
+// (B, G, R, T, V), denominator and top (B, G, R, T).
+extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Index of_token, const float* k, const float* v,
+                              const float* sink_k, const float* sink_v, const Index* count, float* numerator, float* denominator,
+                              float* top, Index batch, Index groups, Index repeats, Index time, Index lead, Index dim, Index width,
+                              Index sinks, Index window, Index terraced, float scale) {
+  const Window w{groups, repeats, time, lead, dim, width, sinks, window, terraced, scale};
+  const Rows queries{q, of_batch, of_head, of_token};
+  const Index tiles = (time + TILE - 1) / TILE, length = w.length(), wide = up(width);
+  std::vector<float> packed(batch * groups * w.packed());
+  std::vector<Packed> keys(batch * groups);
+#pragma omp parallel
+  {
+    std::vector<float> scratch, out(TILE * wide);
+#pragma omp for
+    for (Index p = 0; p < batch * groups; p++)
+      keys[p] = w.pack(k + p * length * dim, v + p * length * width, sink_k + p * sinks * dim, sink_v + p * sinks * width,
+                       packed.data() + p * w.packed());
+#pragma omp for schedule(dynamic, 4)
+    for (Index u = 0; u < batch * groups * repeats * tiles; u++) {
+      const Index p = u / tiles / repeats, head = p % groups * repeats + u / tiles % repeats, start = u % tiles * TILE;
+      const Index b = p / groups, rows = std::min(TILE, time - start), row = (b * groups * repeats + head) * time + start;
+      attend(w, keys[p], queries.at(b, head, start), of_token, count[b], start, rows, out.data(), denominator + row, top + row,
+             scratch);
+      for (Index i = 0; i < rows; i++) std::memcpy(numerator + (row + i) * width, out.data() + i * wide, width * sizeof(float));
+    }
+  }
+}

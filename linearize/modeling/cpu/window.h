@@ -1,0 +1,79 @@
+// Exact softmax of a tile of queries over sinks and a window of recent tokens.
+#pragma once
+#include "tiles.h"
+
+constexpr Index TILE = 16;  // queries at once: they see a window and a tile of keys
+
+// Keys and values of one kv head, as products take them: `lead` earlier tokens, then the new ones.
+struct Packed {
+  Right keys, sink_keys;
+  const float *values, *sink_values;
+};
+
+struct Window {
+  Index groups, repeats, time, lead, dim, width, sinks, size, terraced;  // `size` tokens, `width` channels of a value
+  float scale;                                                          // of scores of base 2
+
+  Index length() const { return lead + time; }
+  Index packed() const { return up(length()) * dim + length() * up(width) + up(sinks) * dim + sinks * up(width); }
+
+  Index first(Index seen, Index i) const {  // the first key that query i sees, after `seen` tokens, as an index of the keys
+    const Index position = seen + i;
+    const Index begin = terraced ? (position / size - 1) * size : position - size + 1;
+    return std::max<Index>(std::max(begin, sinks) - seen + lead, 0);
+  }
+
+  Packed pack(const float* k, const float* v, const float* sink_k, const float* sink_v, float* into) const {
+    Packed found;
+    found.keys = transposed(k, length(), dim, dim, into);
+    into += up(length()) * dim;
+    found.values = padded(v, length(), width, width, into).data;
+    into += length() * up(width);
+    found.sink_keys = transposed(sink_k, sinks, dim, dim, into);
+    found.sink_values = padded(sink_v, sinks, width, width, into + up(sinks) * dim).data;
+    return found;
+  }
+};
+
+// The softmax of a row of scores of base 2 whose first `shown` and those from `first` to `last` count; the others become 0.
+inline void soften(float* s, Index sink_width, Index width, Index shown, Index first, Index last, float* denominator, float* top) {
+  Mask lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  Vector most = all(-INFINITY);
+  for (Index j = 0; j < width; j += LANES) {
+    const Mask at = lane + int32_t(j);
+    const Mask seen = j < sink_width ? at < int32_t(shown) : (at >= int32_t(first)) & (at <= int32_t(last));
+    const Vector x = seen ? load(s + j) : all(-INFINITY);
+    store(s + j, x);
+    most = larger(most, x);
+  }
+  *top = largest(most);
+  const float base = std::max(*top, -3.0e38f);
+  Vector total = Vector{};
+  for (Index j = 0; j < width; j += LANES) {
+    const Vector weight = power_of_two(load(s + j) - base);
+    store(s + j, weight);
+    total += weight;
+  }
+  *denominator = sum(total);
+}
+
+// What queries from `start` on, of rows of `step` floats, get: out (rows, up(width)), denominator and top of base 2 (rows).
+inline void attend(const Window& w, const Packed& own, const float* queries, Index step, Index seen, Index start, Index rows,
+                   float* out, float* denominator, float* top, std::vector<float>& scratch) {
+  const Index last = w.lead + start + rows - 1, from = w.first(seen, start) / WIDTH * WIDTH, length = last + 1 - from;
+  const Index sink_width = up(w.sinks), width = sink_width + up(length), wide = up(w.width), shift = sink_width - from;
+  if (Index(scratch.size()) < TILE * (w.dim + width)) scratch.resize(TILE * (w.dim + width));
+  float *q = scratch.data(), *s = q + TILE * w.dim;
+  for (Index i = 0; i < rows; i++)
+    for (Index d = 0; d < w.dim; d++) q[i * w.dim + d] = queries[i * step + d] * w.scale;
+  product({q, w.dim, 1}, own.sink_keys, rows, sink_width / LANES, w.dim, s, width, false);
+  product({q, w.dim, 1}, own.keys.from(from / LANES), rows, up(length) / LANES, w.dim, s + sink_width, width, false);
+  for (Index i = 0; i < rows; i++) {
+    const Index shown = std::min(w.sinks, seen + start + i + 1);
+    soften(s + i * width, sink_width, width, shown, w.first(seen, start + i) + shift, w.lead + start + i + shift, denominator + i,
+           top + i);
+  }
+  product({s, width, 1}, {own.sink_values, wide, LANES}, rows, wide / LANES, w.sinks, out, wide, false);
+  product({s + sink_width, width, 1}, {own.values + from * wide, wide, LANES}, rows, wide / LANES, length, out, wide, true);
+}

@@ -1,0 +1,106 @@
+"""Kernels for CPUs: what PyTorch does there in many passes over memory, in one. Exact, in float32.
+
+They are built from the sources beside this file, by PyTorch's own extension builder, when they are first called for, and kept in
+the user's cache. Without a compiler and ninja, on processors without AVX2, and in the code that a checkpoint carries, PyTorch
+computes everything. LINEARIZE_BACKEND=torch takes no kernel, `native` must have them; whatever they do not take, PyTorch does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+BACKENDS = ("auto", "torch", "native", "fla")
+SOURCES = Path(__file__).with_name("cpu")
+WIDTH = 16  # rows of numbers are filled up to a multiple of it; tiles.h
+FLAGS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
+
+
+def asked() -> str:
+    """LINEARIZE_BACKEND. ValueError where it is none."""
+    found = os.environ.get("LINEARIZE_BACKEND", "auto")
+    if found not in BACKENDS:
+        raise ValueError(f"LINEARIZE_BACKEND must be one of {', '.join(BACKENDS)}, got {found!r}")
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, built where they are not yet; None where they cannot be."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in FLAGS or not SOURCES.is_dir():
+        return None
+    text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    name = f"kernels_{capability.lower()}_{hashlib.sha256(text).hexdigest()[:12]}"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearize" / f"{name}.so"
+    try:
+        if not path.exists():
+            _build(name, FLAGS[capability], path)
+        return ctypes.CDLL(str(path))
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def _build(name: str, flag: str, path: Path) -> None:
+    """Compiled apart and then moved: whoever stops on the way leaves nothing half done, and no lock that others wait for."""
+    from torch.utils.cpp_extension import load
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        built: Any = load(
+            name, [str(source) for source in sorted(SOURCES.glob("*.cpp"))], build_directory=directory, is_python_module=False,
+            extra_cflags=["-O3", "-std=c++17", "-fopenmp", flag], extra_ldflags=["-fopenmp"],
+        )  # fmt: skip
+        os.replace(built, path)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether kernels compute a call with these tensors. ImportError where they must and cannot be built."""
+    backend, given = asked(), [x for x in tensors if x is not None]
+    if backend not in ("auto", "native") or torch.compiler.is_compiling():
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32 and x.numel() for x in given)
+    if plain and library() is None and backend == "native":
+        raise ImportError("LINEARIZE_BACKEND=native needs a C++ compiler with OpenMP and ninja: linearize's extra 'cpu'")
+    return plain and library() is not None
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted of any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def call(name: str, *arguments: Tensor | float | int | None) -> None:
+    """A kernel on tensors' memory, 64-bit integers and floats."""
+
+    def native(x: Tensor | float | int | None) -> Any:
+        if isinstance(x, float):
+            return ctypes.c_float(x)
+        return ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(pointer(x))
+
+    getattr(library(), name)(*map(native, arguments))
+
+
+def up(size: int) -> int:
+    """A row's numbers with what fills it up."""
+    return -(-size // WIDTH) * WIDTH
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with channels side by side, as kernels read rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()

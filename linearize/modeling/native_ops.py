@@ -1,0 +1,192 @@
+"""What the kernels for CPUs compute: each is what its PyTorch form computes, and is held to it by tests."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.autograd.function import once_differentiable
+except ImportError as error:
+    raise ImportError("linearize models need torch") from error
+
+from .native import WIDTH, call, library, pointer, rows, up
+from .spec import MixerSpec, Shape
+
+CHUNK = 64
+SHARES = 4  # in which the gradient of a map is summed, whatever the number of threads
+
+# ---- sinks and window ----
+
+
+def window(
+    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int, sizes: tuple[int, int, bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`near_chunked` without gradients: numerator, denominator and maximum of base 2. `sizes` are sinks, window, terraced."""
+    (batch, groups, repeats, time, dim), width, (sinks, size, terraced) = q.shape, v.shape[-1], sizes
+    numerator, denominator, top = q.new_empty(*q.shape[:-1], width), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
+    q = rows(q).flatten(1, 2)
+    k, v, sink_k, sink_v, count = (x.contiguous() for x in (k, v, sink_k, sink_v, count.expand(batch)))
+    call(
+        "window_attend", q, *q.stride()[:3], k, v, sink_k, sink_v, count, numerator, denominator, top,
+        batch, groups, repeats, time, lead, dim, width, sinks, size, int(terraced), scale,
+    )  # fmt: skip
+    return numerator, denominator, top
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding: int | None) -> Tensor:
+    """Causal softmax attention (B, H, T, V) of q (B, H, T, D) on k and v (B, G, T, .): a window as long as the text."""
+    count, none = torch.zeros(1, dtype=torch.long), k[:, :, :0]
+    sizes = (0, min(sliding or q.shape[2], q.shape[2]), False)
+    numerator, denominator, _ = window(q.unflatten(1, (k.shape[1], -1)), k, v, none, none, count, 0, sizes, scale)
+    return numerator.div_(denominator[..., None]).flatten(1, 2)
+
+
+# ---- the additive engine ----
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
+    """`recurrence_additive.chunked` without decay, for K a multiple of WIDTH."""
+    found: tuple[Tensor, Tensor] = _Additive.apply(q, k, v, state, terraced)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Additive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        width, sizes = v.shape[-1], _sizes(q, v, terraced)
+        states = q.new_empty(len(state), state.shape[1], -(-q.shape[3] // (terraced or CHUNK)) + 1, q.shape[-1], up(width))
+        states[:, :, 0] = torch.nn.functional.pad(state, (0, up(width) - width))
+        out = q.new_empty(*q.shape[:-1], up(width))
+        call("additive_forward", q, k, v, states, out, *sizes)
+        ctx.save_for_backward(q, k, v, states)
+        ctx.terraced = terraced
+        return out[..., :width], states[:, :, -1, :, :width].clone()  # a view would keep the states of all chunks alive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, last: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, states = ctx.saved_tensors
+        width = v.shape[-1]
+        borders, of_q = torch.empty_like(states), torch.empty_like(q)
+        borders[:, :, -1] = torch.nn.functional.pad(last, (0, up(width) - width))
+        of_k = torch.empty_like(k) if ctx.needs_input_grad[1] else None
+        of_v = q.new_empty(*v.shape[:-1], up(width)) if ctx.needs_input_grad[2] else None
+        sizes = _sizes(q, v, ctx.terraced)
+        call("additive_backward", q, k, v, states, grad.contiguous(), borders, of_q, of_k, of_v, *sizes)
+        first = borders[:, :, 0, :, :width] if ctx.needs_input_grad[3] else None
+        return of_q, of_k, None if of_v is None else of_v[..., :width], first, None
+
+
+def _sizes(q: Tensor, v: Tensor, terraced: int) -> tuple[int, ...]:
+    batch, memories, readers, time, keys = q.shape
+    return batch * memories, readers, time, keys, v.shape[-1], terraced or CHUNK, int(terraced > 0)
+
+
+# ---- the Hedgehog map ----
+
+
+def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
+    """[softmax(Wx), softmax(-Wx)] of x (B, H, T, D) and W (H, D, F), F a multiple of WIDTH."""
+    found: Tensor = _Hedgehog.apply(x, weight)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Hedgehog(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = rows(x), weight.contiguous()
+        phi = x.new_empty(*x.shape[:-1], 2 * weight.shape[-1])
+        call("hedgehog_forward", x, weight, phi, *x.shape, weight.shape[-1], *x.stride()[:3])
+        ctx.save_for_backward(x, weight, phi)
+        return phi
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight, phi = ctx.saved_tensors
+        shares = weight.new_empty(len(weight), SHARES, *weight.shape[1:])
+        of_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        sizes = (SHARES, *x.shape, weight.shape[-1], *x.stride()[:3])
+        call("hedgehog_backward", x, weight, phi, grad.contiguous(), shares, of_x, *sizes)
+        return of_x, shares.sum(1)
+
+
+# ---- one softmax ----
+
+
+def merge(numerator: Tensor, denominator: Tensor, top: Tensor, read: Tensor, factor: Tensor) -> Tensor:
+    """The output (B, H, T, V) of a near half without gradients and a read (B, H, T, V + 1) with the mass in its last column.
+
+    `factor` (B, H, T) is the log of what the memory weighs, as Merge has it.
+    """
+    found: Tensor = _Merge.apply(numerator, denominator, top, read, factor)  # type: ignore[no-untyped-call]
+    return found.transpose(1, 2)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numerator: Tensor, denominator: Tensor, top: Tensor, read: Tensor, factor: Tensor) -> Tensor:
+        given = (*(x.contiguous() for x in (numerator, denominator, top)), rows(read), factor.contiguous())
+        batch, heads, time, width = numerator.shape
+        out = numerator.new_empty(batch, time, heads, width)
+        call("merge_forward", *given, out, *numerator.shape, *given[3].stride()[:3])
+        ctx.save_for_backward(*given, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *given, out = ctx.saved_tensors
+        read, factor = given[3], given[4]
+        of_read, of_factor = read.new_empty(read.shape), torch.empty_like(factor)
+        call("merge_backward", *given, out, grad.contiguous(), of_read, of_factor, *given[0].shape, *read.stride()[:3])
+        return None, None, None, of_read, of_factor
+
+
+# ---- both halves ----
+
+
+class _Call(ctypes.Structure):
+    """The same fields as hybrid.cpp's."""
+
+    POINTERS = ("q", "far_q", "k", "v", "far_k", "sink_k", "sink_v", "count", "weight_q", "weight_k", "slope", "bias", "slant",
+                "state", "out")  # fmt: skip
+    SIZES = ("q_batch", "q_head", "q_token", "far_batch", "far_head", "far_token", "batch", "groups", "repeats", "time", "lead",
+             "dim", "width", "sinks", "window", "columns")  # fmt: skip
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in SIZES), ("scale", ctypes.c_float)
+    )  # fmt: skip
+
+
+def fuses(spec: MixerSpec, shape: Shape) -> bool:
+    """Whether `hybrid` computes this mixer: the default but for its sizes, and what it keeps in which precision."""
+    free = ("window", "sinks", "feature_dim", "far_mass", "far_rope", "far_norm", "kv_dtype", "state_dtype")
+    own = {name: getattr(spec, name) for name in free}
+    default = MixerSpec(feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", **own)
+    return spec == default and (spec.feature_dim or shape.head_dim) % WIDTH == 0
+
+
+def hybrid(
+    tensors: dict[str, Tensor], terms: tuple[Tensor | None, ...], state: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Sinks, sliding window and memory of Hedgehog features as one softmax, without gradients: (B, T, H, V), and the next state.
+
+    `tensors` by hybrid.cpp's names, and of the far mass `terms` slope, bias and slant; state (B, G, K, V + 1); `scale` of scores
+    of base 2.
+    """
+    given = {name: rows(x) if name in ("q", "far_q") else x.contiguous() for name, x in tensors.items()}
+    q, k, width = given["q"], given["k"], given["v"].shape[-1]
+    (batch, heads, time, dim), groups = q.shape, k.shape[1]
+    state, out = state.clone(memory_format=torch.contiguous_format), q.new_empty(batch, time, heads, width)
+    given |= {"state": state, "out": out}
+    kept = dict(zip(("slope", "bias", "slant"), (x if x is None else x.contiguous() for x in terms), strict=True))
+    sizes = (*q.stride()[:3], *given["far_q"].stride()[:3], batch, groups, heads // groups, time, k.shape[2] - time, dim, width,
+             given["sink_k"].shape[2], window, given["weight_q"].shape[-1])  # fmt: skip
+    found: Any = library()
+    found.hybrid_forward(ctypes.byref(_Call(*(pointer({**given, **kept}[name]) for name in _Call.POINTERS), *sizes, scale)))
+    return out, state

@@ -1,0 +1,312 @@
+"""The kernels for CPUs: each is its PyTorch form, in values and gradients, and so is every mixer that takes them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forms import compare, evaluate
+from torch import Tensor
+
+from linearize.modeling import native, native_ops, recurrence_additive
+from linearize.modeling.attention import softmax_attention
+from linearize.modeling.feature_maps_hedgehog import Hedgehog
+from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.spec import MixerSpec, Shape
+from linearize.modeling.window import Part, Scores, near_chunked
+from linearize.testing import method_points, random_inputs, randomise
+from linearize.testing.laws import BY_HEAD, EXACT, assert_close, deviation, run
+
+SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
+POINTS = {point.id: point.spec for point in method_points()}
+DEFAULT = POINTS["default"]
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 150)
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    names: list[str] = []
+    library = native.library()
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
+    for module in (native, native_ops):
+        monkeypatch.setattr(module, "library", lambda: None if library is None else Recorded())
+    return names
+
+
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+
+
+def wide(x: Any) -> Any:
+    """The same in float64, which no kernel takes."""
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+# ---- parts ----
+
+
+@needs_kernels
+@pytest.mark.parametrize("terraced", [0, 1, 5, 16, 64])
+@pytest.mark.parametrize("values", [4, 16, 17])
+def test_additive_engine(values: int, terraced: int, called: list[str]) -> None:
+    for time, features in itertools.product(LENGTHS, (16, 48)):
+        stream = [torch.randn(2, 3, *size) for size in ((2, time, features), (time, features), (time, values), (features, values))]
+        expected = evaluate(_reference, [x.double() for x in stream], terraced=terraced)
+        compare(evaluate(native_ops.additive, stream, terraced=terraced), expected, f"{time} tokens")
+    assert set(called) == {"additive_forward", "additive_backward"}
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
+    return recurrence_additive.reference(q, k, v, None, state, terraced)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim, columns", [(16, 16), (8, 32), (20, 48)])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_hedgehog_map(of_x: bool, dim: int, columns: int, called: list[str]) -> None:
+    feature_map = Hedgehog(3, dim, MixerSpec(feature_map="hedgehog", feature_dim=columns), "q")
+    with torch.no_grad():
+        feature_map.weight.add_(torch.randn_like(feature_map.weight))
+    for time in LENGTHS:
+        x = 4 * torch.randn(2, time, 3, dim).transpose(1, 2)  # as projections leave it
+        weight = torch.randn(2, 3, time, 2 * columns)
+        found, expected = (_map_gradients(feature_map, change(x), change(weight), of_x) for change in (lambda x: x, wide))
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"hedgehog_forward", "hedgehog_backward"}
+
+
+def _map_gradients(feature_map: Hedgehog, x: Tensor, weight: Tensor, of_x: bool) -> list[Tensor]:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_(of_x)
+    out = feature_map(x)
+    wanted = [feature_map.weight, *([x] if of_x else [])]
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), wanted)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+@pytest.mark.parametrize("window, sinks", [(1, 0), (5, 3), (16, 4), (40, 20)])
+def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
+    spec = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=window, sinks=sinks, window_kind=kind)
+    for time, (lead, seen) in itertools.product(LENGTHS, ((window, [0, 0]), (spec.recent, [0, 0]), (spec.recent, [3, 100]))):
+        q, k, v = (
+            torch.randn(2, time, 4, 16).transpose(1, 2).unflatten(1, (2, 2)),
+            *(torch.randn(2, 2, lead + time, 16) for _ in "kv"),
+        )
+        sink_k, sink_v = torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16)
+        given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
+        found, expected = near_chunked(*given)[0], near_chunked(*map(wide, given))[0]
+        _same_part(found, expected, f"{time} tokens after {seen}")
+    assert set(called) == {"window_attend"}
+
+
+def _same_part(found: Part, expected: Part, what: str) -> None:
+    assert torch.equal(found.denominator > 0, expected.denominator > 0), what
+    there = expected.denominator > 0
+    assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
+    mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
+    assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
+
+
+@needs_kernels
+@pytest.mark.parametrize("sliding", [None, 1, 20])
+def test_softmax_of_a_whole_text(sliding: int | None, called: list[str]) -> None:
+    for time in LENGTHS:
+        inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
+        inputs = replace(inputs, score=replace(inputs.score, sliding=sliding))
+        expected = softmax_attention(_widened(inputs))
+        assert_close(softmax_attention(inputs), expected, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"window_attend"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("empty", [False, True])
+def test_merge(empty: bool, monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
+    """Some memories are empty, and some weigh more, or less, than what they are merged with."""
+    mixer = _mixer(replace(DEFAULT, far_mass="query"))
+    for time in LENGTHS:
+        near = Part(torch.randn(2, 4, time, 16), torch.rand(2, 4, time) + 0.1, 3 * torch.randn(2, 4, time))
+        read, factor = torch.randn(2, 4, time, 17), 5 * torch.randn(2, 4, time)
+        read[..., -1] = read[..., -1].abs() * (torch.rand(2, 4, time) > 0.3 if not empty else 0)
+        read = read * (read[..., -1:] > 0)
+        found, expected = (_merged(mixer, *arguments) for arguments in ((near, read, factor), _wide_part(near, read, factor)))
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"merge_forward", "merge_backward"}
+
+
+def _wide_part(near: Part, read: Tensor, factor: Tensor) -> tuple[Part, Tensor, Tensor]:
+    return Part(near.numerator.double(), near.denominator.double(), near.top.double()), read.double(), factor.double()
+
+
+def _merged(mixer: Mixer, near: Part, read: Tensor, factor: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (read, factor)]
+    if read.dtype == torch.float32:
+        out = native_ops.merge(near.numerator, near.denominator, near.top, *leaves)
+    else:
+        mass = leaves[0][..., -1]
+        far = leaves[0][..., :-1] / torch.where(mass > 0, mass, torch.inf)[..., None]
+        out = mixer.merge(near, far, mass, leaves[1], None)
+    weight = torch.linspace(-1, 1, out.numel()).sin().view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+# ---- mixers ----
+
+
+def _mixer(spec: MixerSpec) -> Mixer:
+    torch.manual_seed(0)
+    return randomise(Mixer(spec, SHAPE))
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    names = (*BY_HEAD, "hidden", "cos", "sin")
+    return replace(inputs, **{name: wide(getattr(inputs, name)) for name in names})
+
+
+def _packed(inputs: Inputs, time: int) -> Inputs:
+    return replace(inputs, segments=(torch.arange(time) // 23).expand(2, -1))
+
+
+def _padded(inputs: Inputs, time: int) -> Inputs:
+    return replace(inputs, mask=torch.stack([torch.arange(time) >= 9, torch.ones(time)]).long())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", POINTS)
+def test_every_mixer_is_what_it_is_in_float64(name: str) -> None:
+    """In one call with gradients, packed, padded, and in calls of several sizes with the state carried."""
+    spec, time = POINTS[name], 75
+    mixer, inputs = _mixer(spec), random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
+    other = _mixer(spec).double()
+    bound = 2e-3  # random maps and gates are steep: what is compared is rounded in float32 on the way in both forms
+    for change in (lambda x, _: x, _packed, _padded):
+        own = change(inputs, time)
+        found, expected = _with_parameters(mixer, own), _with_parameters(other, _widened(own))
+        for part in expected:
+            assert_close(found[part], expected[part], bound, part)
+    if spec.causal and spec.state_dtype == "float32" and not spec.slots:
+        with torch.no_grad():
+            found_out, state = run(mixer, inputs, [40, 1, 20])
+            expected_out, expected_state = run(other, _widened(inputs), [40, 1, 20])
+        assert_close(found_out, expected_out, bound, "in calls")
+        if "far" in state:
+            assert_close(state["far"], expected_state["far"], bound, "state")
+
+
+def _with_parameters(mixer: Mixer, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs without and with gradients of the parameters, and these."""
+    with torch.no_grad():
+        found = {"without gradients": mixer(inputs)[0]}
+    wanted = dict(mixer.named_parameters())
+    out = mixer(inputs)[0]
+    found["output"] = out.detach()
+    if wanted and out.requires_grad:
+        weight = torch.linspace(-1, 1, out.numel()).sin().view_as(out)
+        grads = torch.autograd.grad((out * weight).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True)
+        found |= {f"gradient of {name}": x for name, x in zip(wanted, grads, strict=True)}
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("window, sinks", [(1, 0), (7, 4), (64, 4), (70, 0)])
+@pytest.mark.parametrize(
+    "changes",
+    [{"far_mass": "none"}, {"far_mass": "head"}, {}, {"far_rope": False}, {"feature_dim": 32}, {"kv_dtype": "int8"}],
+    ids=str,
+)
+def test_both_halves_in_one_pass(changes: dict[str, Any], window: int, sinks: int, called: list[str]) -> None:
+    """Rows that have seen different numbers of tokens go on, over several chunks and several of what is computed at once."""
+    spec = replace(DEFAULT, window=window, sinks=sinks, **changes)
+    mixer, other = _mixer(spec), _mixer(spec).double()
+    inputs = random_inputs(SHAPE, 700, dtype=torch.float32, softcap=None)
+    with torch.no_grad():
+        for sizes in ([700], [1, 2, 66, 130], [300, 1, 1]):
+            called.clear()
+            (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, _widened(inputs), sizes)
+            assert called.count("hybrid_forward") == 1 + sum(size > 1 for size in sizes[1:]) + (sum(sizes) < 699)
+            assert deviation(found, expected) < 5e-5
+            assert deviation(state["far"], last["far"]) < 5e-5
+
+
+@needs_kernels
+def test_rows_of_different_lengths_go_on(called: list[str]) -> None:
+    mixer, other = _mixer(DEFAULT), _mixer(DEFAULT).double()
+    first, more = (random_inputs(SHAPE, time, dtype=torch.float32, softcap=None) for time in (90, 33))
+    first = _padded(first, 90)
+    with torch.no_grad():
+        states = [m(x, keep=True)[1] for m, x in ((mixer, first), (other, _widened(first)))]
+        called.clear()
+        found, expected = mixer(more, states[0])[0], other(_widened(more), states[1])[0]
+    assert called == ["hybrid_forward"]
+    assert deviation(found, expected) < 5e-5
+
+
+# ---- who is asked ----
+
+
+@needs_kernels
+def test_what_kernels_do_not_take_pytorch_computes(called: list[str]) -> None:
+    mixer, inputs = _mixer(DEFAULT), random_inputs(SHAPE, 20, dtype=torch.float32)
+    x = torch.randn(2, 3)
+    for other in (x.double(), x.bfloat16(), x[:0], x.to("meta"), x.as_subclass(type("Own", (Tensor,), {}))):
+        assert not native.takes(x, other)
+    assert native.takes(x, None)
+    _mixer(DEFAULT).double()(_widened(inputs))
+    assert not called
+    with torch.no_grad():
+        mixer(inputs)  # with a softcap: the window and the merge of a pass over all stay PyTorch's
+    assert not {"window_attend", "hybrid_forward"} & set(called)
+
+
+@needs_kernels
+@pytest.mark.parametrize("asked", ["torch", "fla"])
+def test_none_where_another_is_asked_for(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", asked)
+    assert not native.takes(torch.ones(1))
+
+
+def test_without_a_compiler_pytorch_computes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setenv("LINEARIZE_BACKEND", "auto")
+    assert not native.takes(torch.ones(1))
+    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
+    with pytest.raises(ImportError, match="compiler with OpenMP and ninja"):
+        native.takes(torch.ones(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("ninja") or not shutil.which("c++"), reason="needs a C++ compiler and ninja")
+@pytest.mark.parametrize("capability", ["avx512", "avx2"])
+def test_built_once_and_kept(capability: str, tmp_path: Path) -> None:
+    """In a cache of its own; a second process finds it there, and what cannot be kept is no error."""
+    able = torch.backends.cpu.get_cpu_capability().lower()
+    if able not in ("avx512", capability):
+        pytest.skip(f"this processor has {able}")
+    code = "from linearize.modeling import native; print(native.library() is not None)"
+    environment = {"PATH": sys.exec_prefix + "/bin:/usr/bin:/bin", "ATEN_CPU_CAPABILITY": capability}
+    for cache in (tmp_path, tmp_path, Path("/proc/nowhere")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "XDG_CACHE_HOME": str(cache)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == str(cache == tmp_path)
+    assert [path.suffix for path in (tmp_path / "linearize").iterdir()] == [".so"]
