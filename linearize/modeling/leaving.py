@@ -14,7 +14,10 @@ from .far import Far
 from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, stored
+from .native import differentiable, takes
+from .native_ops import listed as native_listed
 from .places import Place
+from .products import LN2, LOG2E
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
@@ -168,6 +171,10 @@ class Leaving(Far):
         if self.spec.block > 1:
             member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
         tokens = admission.candidates
+        given = (q, tokens["k"], tokens["v"])
+        if score.softcap is None and takes(*given) and not differentiable(*given):
+            numerator, denominator, top = native_listed(*given, member, score.scale * LOG2E)
+            return Part(numerator, denominator, top * LN2)
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
         return attend(q.unsqueeze(3), group, score)[0]
 

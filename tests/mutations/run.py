@@ -178,9 +178,11 @@ def main(arguments: list[str]) -> int:
     for name in by_test.values() if sound else chosen:
         tests, start = MUTATIONS[name][3], time.monotonic()
         run = (by_pytest, tests) if ".py" in tests else (by_laws, tests, cases)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             if not sound:
                 broken_copy(name, Path(folder))
+            if not sound and MUTATIONS[name][0].startswith("cpu/"):
+                patch.setenv("XDG_CACHE_HOME", folder)  # broken kernels are not kept
             failure, broken = forked(ROOT if sound else Path(folder), *run) or (None, "the fork DIED")
         wrong += bool(broken) or bool(failure) == sound
         seen = broken or failure or ("passes" if sound else "SURVIVES")

@@ -18,7 +18,8 @@ struct Call {
 
 namespace {
 
-constexpr Index CHUNK = 64, AT_ONCE = 512;  // tokens of a chunk, and of those that stay in the caches between two passes
+constexpr Index CHUNK = 64;                              // tokens
+constexpr Index AT_ONCE = 512, LEAST = 128, ALL = 4096;  // that stay in the caches between two passes: of a row, and of all rows
 
 // Kept from call to call: memory that is given back comes again one page at a time.
 struct Workspace {
@@ -183,7 +184,7 @@ struct Segment {
 extern "C" void hybrid_forward(const Call* call) {
   thread_local Workspace workspace;
   Workspace& own = workspace;  // of the caller: the threads of a team have their own
-  const Index most = std::max(CHUNK, AT_ONCE / call->batch / CHUNK * CHUNK);
+  const Index most = std::clamp(ALL / call->batch / CHUNK * CHUNK, LEAST, AT_ONCE);
   Segment(*call, own, 0, most).reserve();
 #pragma omp parallel
   {

@@ -35,15 +35,12 @@ struct Window {
   }
 };
 
-// The softmax of a row of scores of base 2 whose first `shown` and those from `first` to `last` count; the others become 0.
-inline void soften(float* s, Index sink_width, Index width, Index shown, Index first, Index last, float* denominator, float* top) {
-  Mask lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
+// The softmax of a row of scores of base 2, of those that `seen` shows, LANES at a time; the others become 0.
+template <class Seen>
+inline void soften(float* s, Index width, const Seen& seen, float* denominator, float* top) {
   Vector most = all(-INFINITY);
   for (Index j = 0; j < width; j += LANES) {
-    const Mask at = lane + int32_t(j);
-    const Mask seen = j < sink_width ? at < int32_t(shown) : (at >= int32_t(first)) & (at <= int32_t(last));
-    const Vector x = seen ? load(s + j) : all(-INFINITY);
+    const Vector x = seen(j) ? load(s + j) : all(-INFINITY);
     store(s + j, x);
     most = larger(most, x);
   }
@@ -69,10 +66,16 @@ inline void attend(const Window& w, const Packed& own, const float* queries, Ind
     for (Index d = 0; d < w.dim; d++) q[i * w.dim + d] = queries[i * step + d] * w.scale;
   product({q, w.dim, 1}, own.sink_keys, rows, sink_width / LANES, w.dim, s, width, false);
   product({q, w.dim, 1}, own.keys.from(from / LANES), rows, up(length) / LANES, w.dim, s + sink_width, width, false);
+  Mask lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
   for (Index i = 0; i < rows; i++) {
-    const Index shown = std::min(w.sinks, seen + start + i + 1);
-    soften(s + i * width, sink_width, width, shown, w.first(seen, start + i) + shift, w.lead + start + i + shift, denominator + i,
-           top + i);
+    const int32_t shown = std::min(w.sinks, seen + start + i + 1), least = w.first(seen, start + i) + shift;
+    const int32_t most = w.lead + start + i + shift;
+    const auto visible = [&](Index j) {
+      const Mask at = lane + int32_t(j);
+      return j < sink_width ? at < shown : (at >= least) & (at <= most);
+    };
+    soften(s + i * width, width, visible, denominator + i, top + i);
   }
   product({s, width, 1}, {own.sink_values, wide, LANES}, rows, wide / LANES, w.sinks, out, wide, false);
   product({s + sink_width, width, 1}, {own.values + from * wide, wide, LANES}, rows, wide / LANES, length, out, wide, true);
