@@ -31,11 +31,11 @@ class Environment:
     def site(self) -> Path:
         return next(self.root.glob("lib/python*/site-packages"))
 
-    def run(self, *command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command of this environment, by its name in bin."""
+    def run(self, *command: str | Path, cwd: Path, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of this environment, by its name in bin, with `more` variables."""
         words = [self.root / "bin" / command[0], *command[1:]]
         path = f"{self.root / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        env = {**CLEAN, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        env = {**CLEAN, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
         made = subprocess.run([str(word) for word in words], cwd=cwd, env=env, text=True, capture_output=True, check=False)
         assert not check or made.returncode == 0, f"{' '.join(map(str, command))}\n{made.stdout}\n{made.stderr}"
         return made

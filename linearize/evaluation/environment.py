@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from linearize.modeling.native import asked, library
+
 PACKAGES = ("linearize", "torch", "transformers", "peft", "accelerate", "flash-linear-attention", "lm-eval")
 
 
@@ -22,6 +24,7 @@ def environment(model: Any, seed: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(model.device),
         "threads": torch.get_num_threads(),
+        "kernels": _kernels(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": seed,
     }
@@ -32,6 +35,14 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def _kernels(device: torch.device) -> str:
+    """Who computes what a kernel could: see modeling.native and modeling.backends."""
+    backend = asked()
+    if device.type == "cpu" and backend in ("auto", "native"):
+        return "linearize's, C++" if library() is not None else "none, PyTorch"
+    return backend
 
 
 def _processor(device: torch.device) -> str:

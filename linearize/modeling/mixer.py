@@ -373,7 +373,7 @@ class Mixer(Leaving):
             return halves.merged
         if near is not None and (read is None or self.ablate == "far"):
             return near.output()
-        if near is None or self.ablate is not None:
+        if near is None or self.ablate in ("far", "near"):
             assert halves.far is not None
             return torch.zeros_like(halves.far) if self.ablate == "far" else halves.far
         factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)

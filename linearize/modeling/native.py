@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,19 @@ def library() -> ctypes.CDLL | None:
     path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearize" / f"{name}.so"
     try:
         if not path.exists():
-            _build(name, FLAGS[capability], path)
+            from torch.utils.cpp_extension import load
+
+            _build(load, name, FLAGS[capability], path)
         return ctypes.CDLL(str(path))
     except (ImportError, OSError, RuntimeError):
         return None
 
 
-def _build(name: str, flag: str, path: Path) -> None:
+def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
     """Compiled apart and then moved: whoever stops on the way leaves nothing half done, and no lock that others wait for."""
-    from torch.utils.cpp_extension import load
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        built: Any = load(
+        built = load(
             name, [str(source) for source in sorted(SOURCES.glob("*.cpp"))], build_directory=directory, is_python_module=False,
             extra_cflags=["-O3", "-std=c++17", "-fopenmp", flag], extra_ldflags=["-fopenmp"],
         )  # fmt: skip
