@@ -1,8 +1,8 @@
-"""Who computes an engine: a kernel of flash-linear-attention on a GPU, our own PyTorch everywhere else.
+"""Who computes an engine: a kernel of flash-linear-attention on a GPU, on a CPU one of our own (native.py), else PyTorch.
 
 Each call chooses by the device of its tensors, not by what can be imported. LINEARIZE_BACKEND=auto, the default, is that choice;
-`torch` takes no kernel; `fla` takes them on any device, and on a CPU they run under Triton's interpreter only (TRITON_INTERPRET=1).
-Kernels exist for the additive engine and for tied deltas, one a token, with one decay a head or none. They take float32 and
+`torch` takes no kernel; `fla` takes fla's on any device: on a CPU they run under Triton's interpreter only (TRITON_INTERPRET=1).
+Those exist for the additive engine and for tied deltas, one a token, with one decay a head or none. They take float32 and
 tokens that enter one by one; whatever they do not take, PyTorch does. They take differences of cumulative log-decays and, on GPUs
 that have it, multiply in TF32, so they are less exact. Functions here have the signatures of the engines' own.
 """

@@ -39,6 +39,6 @@ class FarMass(nn.Module):
         return projected + bias + self.near.to(top.dtype)[:, None] * top
 
     def terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """u, b and c of log2 of the factor, for a maximum of base 2; None where they are 0, 0 and 1."""
-        bias = None if self.kind == "none" else self.bias * LOG2E
-        return (self.query * LOG2E, bias, self.near) if self.kind == "query" else (None, bias, None)
+        """u, b and c of log2 of the factor, for a maximum of base 2, in fp32; None where they are 0, 0 and 1."""
+        bias = None if self.kind == "none" else self.bias.float() * LOG2E
+        return (self.query.float() * LOG2E, bias, self.near.float()) if self.kind == "query" else (None, bias, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 try:
     import torch
@@ -134,7 +135,6 @@ class Mixer(Leaving):
             self.far_mass = FarMass(spec, shape) if spec.merge == "denominator" else None
             self.merge = Merge(spec, shape)
             self.output = FarOutput(spec, shape)
-        self.fused = fuses(spec, shape)
         self.reads_hidden = any(isinstance(module, Projection) for module in self.modules())
 
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
@@ -292,8 +292,11 @@ class Mixer(Leaving):
     def _in_one_pass(self, s: Stream, score: Scores) -> bool:
         """Whether a kernel makes both halves of a call at once."""
         plain = s.lengths is None and score.softcap is None and score.null is None and self.ablate is None
-        given = (s.q, s.k, s.v, s.far_q, s.far_k)
-        return self.fused and plain and takes(*given) and not differentiable(*given, *self.parameters())
+        if not plain or not fuses(self.spec, self.shape):
+            return False
+        weights: list[Any] = [self.map_q.weight, self.map_k.weight]
+        given = (s.q, s.k, s.v, s.far_q, s.far_k, *weights)
+        return takes(*given) and not differentiable(*given, *self.parameters())
 
     def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores) -> Tensor:
         """The layer's output (B, H, T, V) by a kernel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
 try:
@@ -173,6 +174,7 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
+@cache
 def fuses(spec: MixerSpec, shape: Shape) -> bool:
     """Whether `hybrid` computes this mixer: the default but for its sizes, and what it keeps in which precision."""
     free = ("window", "sinks", "feature_dim", "far_mass", "far_rope", "far_norm", "kv_dtype", "state_dtype")

@@ -271,6 +271,16 @@ def test_rows_of_different_lengths_go_on(called: list[str]) -> None:
     assert deviation(found, expected) < 5e-5
 
 
+@needs_kernels
+def test_weights_of_another_type(called: list[str]) -> None:
+    """A model that was brought to bfloat16 as a whole has its maps in it: what reads them as float32 must not."""
+    mixer, inputs = _mixer(DEFAULT).bfloat16(), random_inputs(SHAPE, 90, dtype=torch.float32, softcap=None)
+    other = _mixer(DEFAULT).bfloat16().double()
+    with torch.no_grad():
+        assert deviation(mixer(inputs)[0], other(_widened(inputs))[0]) < 1e-4
+    assert "hybrid_forward" not in called
+
+
 # ---- who is asked ----
 
 
