@@ -44,8 +44,8 @@ def library() -> ctypes.CDLL | None:
         return None
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     name = f"kernels_{capability.lower()}_{hashlib.sha256(text).hexdigest()[:12]}"
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearize" / f"{name}.so"
     try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearize" / f"{name}.so"
         if not path.exists():
             from torch.utils.cpp_extension import load
 

@@ -57,7 +57,7 @@ struct Segment {
 
   Segment(const Call& call, Workspace& workspace, Index from, Index most)
       : c(call), w(workspace), begin(from),
-        window{c.groups, c.repeats, std::min(most, c.time - from), c.lead, c.dim, c.width, c.sinks, c.window, 0, c.scale},
+        window{std::min(most, c.time - from), c.lead, c.dim, c.width, c.sinks, c.window, 0, c.scale},
         features(2 * c.columns), wide(up(c.width)), chunks((window.time + CHUNK - 1) / CHUNK), problems(c.batch * c.groups) {}
 
   Index tokens(Index n) const { return std::min(CHUNK, window.time - n * CHUNK); }
@@ -68,8 +68,11 @@ struct Segment {
   float* entering(Index p, Index n) const { return w.phi.data() + (p * window.time + n * CHUNK) * features; }
 
   void reserve() const {
-    room(w.packed, problems * window.packed()), room(w.keys, problems), room(w.phi, problems * window.time * features);
-    room(w.states, problems * (chunks + 1) * features * wide), room(w.sums, problems * (chunks + 1) * features);
+    room(w.packed, problems * window.packed());
+    room(w.keys, problems);
+    room(w.phi, problems * window.time * features);
+    room(w.states, problems * (chunks + 1) * features * wide);
+    room(w.sums, problems * (chunks + 1) * features);
   }
 
   void pack(Index p) const {
@@ -83,8 +86,14 @@ struct Segment {
     for (Index j = 0; j < features; j++) {
       float* own = c.state + (p * features + j) * (c.width + 1);
       float *row = state(p, first ? 0 : chunks) + j * wide, *all = sums(p, first ? 0 : chunks) + j;
-      if (first) std::memcpy(row, own, c.width * sizeof(float)), std::fill(row + c.width, row + wide, 0.0f), *all = own[c.width];
-      else std::memcpy(own, row, c.width * sizeof(float)), own[c.width] = *all;
+      if (first) {
+        std::memcpy(row, own, c.width * sizeof(float));
+        std::fill(row + c.width, row + wide, 0.0f);
+        *all = own[c.width];
+      } else {
+        std::memcpy(own, row, c.width * sizeof(float));
+        own[c.width] = *all;
+      }
     }
   }
 
@@ -150,7 +159,8 @@ struct Segment {
       const Vector there = load(mass + i) > Vector{} ? load(factor + i) : all(-INFINITY), most = larger(load(top + i), there);
       const Vector a = power_of_two(load(top + i) - most), b = power_of_two(there - most);
       const Vector share = all(1.0f) / (load(denominator + i) * a + load(mass + i) * b);
-      store(of_near + i, a * share), store(of_far + i, b * share);
+      store(of_near + i, a * share);
+      store(of_far + i, b * share);
     }
     for (Index i = 0; i < rows; i++) {
       float* row = near + i * wide;
@@ -162,7 +172,10 @@ struct Segment {
   void run(Scratch& s) const {
     const Index units = problems * chunks, part = features / LANES;
 #pragma omp for
-    for (Index p = 0; p < problems; p++) pack(p), take(p, true);
+    for (Index p = 0; p < problems; p++) {
+      pack(p);
+      take(p, true);
+    }
 #pragma omp for
     for (Index u = 0; u < units; u++) enter(u / chunks, u % chunks, s);
 #pragma omp for

@@ -108,7 +108,9 @@ inline void product(const Left& a, Right b, Index rows, Index panels, Index dept
     if (width == 3) columns<3>(a, b, rows, depth, c, row, add);
     if (width == 2) columns<2>(a, b, rows, depth, c, row, add);
     if (width == 1) columns<1>(a, b, rows, depth, c, row, add);
-    panels -= width, b = b.from(width), c += width * LANES;
+    panels -= width;
+    b = b.from(width);
+    c += width * LANES;
   }
 }
 

@@ -6,7 +6,7 @@ extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Ind
                               const float* sink_k, const float* sink_v, const Index* count, float* numerator, float* denominator,
                               float* top, Index batch, Index groups, Index repeats, Index time, Index lead, Index dim, Index width,
                               Index sinks, Index window, Index terraced, float scale) {
-  const Window w{groups, repeats, time, lead, dim, width, sinks, window, terraced, scale};
+  const Window w{time, lead, dim, width, sinks, window, terraced, scale};
   const Rows queries{q, of_batch, of_head, of_token};
   const Index tiles = (time + TILE - 1) / TILE, length = w.length(), wide = up(width);
   std::vector<float> packed(batch * groups * w.packed());

@@ -11,8 +11,8 @@ struct Packed {
 };
 
 struct Window {
-  Index groups, repeats, time, lead, dim, width, sinks, size, terraced;  // `size` tokens, `width` channels of a value
-  float scale;                                                          // of scores of base 2
+  Index time, lead, dim, width, sinks, size, terraced;  // `size` tokens, `width` channels of a value
+  float scale;                                         // of scores of base 2
 
   Index length() const { return lead + time; }
   Index packed() const { return up(length()) * dim + length() * up(width) + up(sinks) * dim + sinks * up(width); }
