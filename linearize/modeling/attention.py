@@ -21,7 +21,7 @@ except ImportError as error:
 
 from .memory import RecurrentLayer
 from .mixer import Inputs, Mixer
-from .native import differentiable, takes
+from .native import takes_frozen
 from .native_ops import attention as native_attention
 from .places import Places
 from .products import LN2, LOG2E, by_onednn, exp, product
@@ -176,7 +176,7 @@ def softmax_attention(inputs: Inputs, causal: bool = True) -> Tensor:
     slides = score.sliding is not None and score.sliding < q.shape[2]
     plain = score.softcap is None and score.null is None and not slides
     kept = torch.is_grad_enabled() and q.requires_grad  # the backward pass of blocks would need all their weights
-    if score.softcap is None and score.null is None and takes(q, k, v) and not differentiable(q, k, v):
+    if score.softcap is None and score.null is None and takes_frozen(q, k, v):
         out = native_attention(q, k, v, score.scale * LOG2E, score.sliding)
     elif plain and (kept or not by_onednn(q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)))):
         grouped = q.shape[1] != k.shape[1]

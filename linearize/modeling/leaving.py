@@ -14,7 +14,7 @@ from .far import Far
 from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, stored
-from .native import differentiable, takes
+from .native import takes_frozen
 from .native_ops import listed as native_listed
 from .places import Place
 from .products import LN2, LOG2E
@@ -172,7 +172,7 @@ class Leaving(Far):
             member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
         tokens = admission.candidates
         given = (q, tokens["k"], tokens["v"])
-        if score.softcap is None and takes(*given) and not differentiable(*given):
+        if score.softcap is None and takes_frozen(*given):
             numerator, denominator, top = native_listed(*given, member, score.scale * LOG2E)
             return Part(numerator, denominator, top * LN2)
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])

@@ -19,7 +19,7 @@ from .gates import Projection
 from .leaving import Leaving, Queries
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
-from .native import differentiable, takes
+from .native import differentiable, takes, takes_frozen
 from .native_ops import fuses, hybrid, merge
 from .places import Place, Places
 from .products import LOG2E
@@ -296,7 +296,7 @@ class Mixer(Leaving):
             return False
         weights: list[Any] = [self.map_q.weight, self.map_k.weight]
         given = (s.q, s.k, s.v, s.far_q, s.far_k, *weights)
-        return takes(*given) and not differentiable(*given, *self.parameters())
+        return takes_frozen(*given) and not differentiable(*self.parameters())
 
     def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores) -> Tensor:
         """The layer's output (B, H, T, V) by a kernel."""

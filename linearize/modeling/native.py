@@ -82,6 +82,11 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def takes_frozen(*tensors: Tensor | None) -> bool:
+    """Whether kernels without a backward pass compute a call with these tensors."""
+    return takes(*tensors) and not differentiable(*tensors)
+
+
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

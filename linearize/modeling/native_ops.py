@@ -14,9 +14,9 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .native import WIDTH, call, library, pointer, rows, up
+from .recurrence_additive import CHUNK
 from .spec import MixerSpec, Shape
 
-CHUNK = 64
 SHARES = 4  # in which the gradient of a map is summed, whatever the number of threads
 
 # ---- sinks and window ----

@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr Index TILE = 16;  // queries at once inside a chunk: they see the keys up to the last of them
-
 // q (P, R, T, K), k (P, T, K), v (P, T, V); K is a multiple of WIDTH. States (P, N + 1, K, up(V)) are those at the chunks' borders.
 struct Engine {
   const float *q, *k, *v;
@@ -21,17 +19,13 @@ struct Engine {
   float* border(float* states, Index p, Index n) const { return states + (p * (chunks() + 1) + n) * state(); }
 };
 
-struct Scratch {
-  std::vector<float> held[6];
-  float* take(int which, Index size) {
-    if (Index(held[which].size()) < size) held[which].resize(size);
-    return held[which].data();
-  }
-};
+using Scratch = std::vector<float>[6];
 
-// Of scores a (rows, width) of queries `start` and later, those of keys after the query are 0.
-void causal(float* a, Index start, Index rows, Index width) {
-  for (Index i = 0; i < rows; i++) std::fill(a + i * width + start + i + 1, a + (i + 1) * width, 0.0f);
+// Calls f(p, n) for each chunk, shared among the threads of a team.
+template <class F>
+void each_chunk(const Engine& e, const F& f) {
+#pragma omp for
+  for (Index u = 0; u < e.problems * e.chunks(); u++) f(u / e.chunks(), u % e.chunks());
 }
 
 // Adds what each border has to the next one, forwards or backwards.
@@ -42,9 +36,8 @@ void accumulate(const Engine& e, float* states, bool forwards) {
     const Index from = unit % parts * length, to = std::min(from + length, e.state());
     for (Index n = 0; n < e.chunks(); n++) {
       const Index target = forwards ? n + 1 : e.chunks() - 1 - n;
-      float* into = e.border(states, unit / parts, target);
       const float* other = e.border(states, unit / parts, forwards ? target - 1 : target + 1);
-      for (Index i = from; i < to; i += LANES) store(into + i, load(into + i) + load(other + i));
+      if (from < to) add(e.border(states, unit / parts, target) + from, other + from, to - from);
     }
   }
 }
@@ -52,11 +45,11 @@ void accumulate(const Engine& e, float* states, bool forwards) {
 void read(const Engine& e, float* states, float* out, Index p, Index n, Scratch& scratch) {
   const Index tokens = e.tokens(n), wide = e.wide(), width = up(tokens);
   const Right state{e.border(states, p, e.terraced ? n + 1 : n), wide, LANES};
-  float* scores = scratch.take(0, TILE * width);
+  float* scores = room(scratch[0], TILE * width);
   Right keys{}, values{};
   if (!e.terraced) {
-    keys = transposed(e.key(p, n), tokens, e.keys, e.keys, scratch.take(1, width * e.keys));
-    values = padded(e.value(p, n), tokens, e.values, e.values, scratch.take(2, tokens * wide));
+    keys = transposed(e.key(p, n), tokens, e.keys, e.keys, room(scratch[1], width * e.keys));
+    values = padded(e.value(p, n), tokens, e.values, e.values, room(scratch[2], tokens * wide));
   }
   for (Index r = 0; r < e.readers; r++)
     for (Index start = 0; start < tokens; start += TILE) {
@@ -82,15 +75,15 @@ void differentiate(const Engine& e, const Gradients& g, Index p, Index n, Scratc
   float* grad_k = g.k ? g.k + (p * e.time + e.start(n)) * e.keys : nullptr;
   float* grad_v = g.v ? g.v + (p * e.time + e.start(n)) * wide : nullptr;
   const Right state = transposed(e.border(g.states, p, e.terraced ? n + 1 : n), e.keys, e.values, wide,
-                                 scratch.take(0, e.keys * e.values));
-  const Right values = e.terraced ? Right{} : transposed(e.value(p, n), tokens, e.values, e.values, scratch.take(1, width * e.values));
+                                 room(scratch[0], e.keys * e.values));
+  const Right values = e.terraced ? Right{} : transposed(e.value(p, n), tokens, e.values, e.values, room(scratch[1], width * e.values));
   if (grad_k) {
-    const Right own = transposed(later, e.keys, e.values, wide, scratch.take(2, e.keys * e.values));
+    const Right own = transposed(later, e.keys, e.values, wide, room(scratch[2], e.keys * e.values));
     product({e.value(p, n), e.values, 1}, own, tokens, panels, e.values, grad_k, e.keys, false);
   }
   if (grad_v) product({k, e.keys, 1}, {later, wide, LANES}, tokens, wide / LANES, e.keys, grad_v, wide, false);
-  const Right keys = grad_v && !e.terraced ? transposed(k, tokens, e.keys, e.keys, scratch.take(3, width * e.keys)) : Right{};
-  float *scores = scratch.take(4, TILE * width), *own = scratch.take(5, TILE * wide);
+  const Right keys = grad_v && !e.terraced ? transposed(k, tokens, e.keys, e.keys, room(scratch[3], width * e.keys)) : Right{};
+  float *scores = room(scratch[4], TILE * width), *own = room(scratch[5], TILE * wide);
   for (Index r = 0; r < e.readers; r++)
     for (Index start = 0; start < tokens; start += TILE) {
       const Index rows = std::min(TILE, tokens - start), seen = std::min(start + TILE, tokens), row = e.queries(p, r, n) + start;
@@ -116,19 +109,16 @@ void differentiate(const Engine& e, const Gradients& g, Index p, Index n, Scratc
 extern "C" void additive_forward(const float* q, const float* k, const float* v, float* states, float* out, Index problems,
                                  Index readers, Index time, Index keys, Index values, Index size, Index terraced) {
   const Engine e{q, k, v, problems, readers, time, keys, values, size, terraced};
-  const Index units = problems * e.chunks();
 #pragma omp parallel
   {
     Scratch scratch;
-#pragma omp for
-    for (Index u = 0; u < units; u++) {
-      const Index p = u / e.chunks(), n = u % e.chunks(), tokens = e.tokens(n);
-      const Right own = padded(e.value(p, n), tokens, values, values, scratch.take(0, size * e.wide()));
+    each_chunk(e, [&](Index p, Index n) {
+      const Index tokens = e.tokens(n);
+      const Right own = padded(e.value(p, n), tokens, values, values, room(scratch[0], size * e.wide()));
       product({e.key(p, n), 1, keys}, own, keys, e.wide() / LANES, tokens, e.border(states, p, n + 1), e.wide(), false);
-    }
+    });
     accumulate(e, states, true);
-#pragma omp for
-    for (Index u = 0; u < units; u++) read(e, states, out, u / e.chunks(), u % e.chunks(), scratch);
+    each_chunk(e, [&](Index p, Index n) { read(e, states, out, p, n, scratch); });
   }
 }
 
@@ -138,23 +128,20 @@ extern "C" void additive_backward(const float* q, const float* k, const float* v
                                   Index values, Index size, Index terraced) {
   const Engine e{q, k, v, problems, readers, time, keys, values, size, terraced};
   const Gradients g{grad, states, borders, grad_q, grad_k, grad_v};
-  const Index units = problems * e.chunks();
 #pragma omp parallel
   {
     Scratch scratch;
-#pragma omp for
-    for (Index u = 0; u < units; u++) {
-      const Index p = u / e.chunks(), n = u % e.chunks(), tokens = e.tokens(n);
+    each_chunk(e, [&](Index p, Index n) {
+      const Index tokens = e.tokens(n);
       if (terraced && n == 0) std::fill_n(e.border(borders, p, 0), e.state(), 0.0f);
       for (Index r = 0; r < readers; r++) {
         const Index row = e.queries(p, r, n);
-        const Right own = padded(grad + row * values, tokens, values, values, scratch.take(0, size * e.wide()));
+        const Right own = padded(grad + row * values, tokens, values, values, room(scratch[0], size * e.wide()));
         float* border = e.border(borders, p, terraced ? n + 1 : n);
         product({q + row * keys, 1, keys}, own, keys, e.wide() / LANES, tokens, border, e.wide(), r > 0 || n == e.chunks() - terraced);
       }
-    }
+    });
     accumulate(e, borders, false);
-#pragma omp for
-    for (Index u = 0; u < units; u++) differentiate(e, g, u / e.chunks(), u % e.chunks(), scratch);
+    each_chunk(e, [&](Index p, Index n) { differentiate(e, g, p, n, scratch); });
   }
 }

@@ -31,20 +31,10 @@ struct Scratch {
   std::vector<float> scores, y, phi, inside, near, far, keys;
 };
 
-template <class T>
-T* room(std::vector<T>& held, Index size) {
-  if (Index(held.size()) < size) held.resize(size);
-  return held.data();
-}
-
 float total(const float* a, Index size) {
   Vector sums = Vector{};
   for (Index j = 0; j < size; j += LANES) sums += load(a + j);
   return sum(sums);
-}
-
-void add(float* into, const float* other, Index size) {
-  for (Index i = 0; i < size; i += LANES) store(into + i, load(into + i) + load(other + i));
 }
 
 // Some of a call's tokens, from `begin` on.
@@ -136,10 +126,9 @@ struct Segment {
                own);
     product({own, features, 1}, {state(p, n), wide, LANES}, rows, wide / LANES, features, found, wide, false);
     product({own, features, 1}, entered, rows, up(last) / LANES, features, inside, up(last), false);
+    causal(inside, start, rows, up(last));
     for (Index i = 0; i < rows; i++) {
-      float* row = inside + i * up(last);
-      std::fill(row + start + i + 1, row + up(last), 0.0f);
-      mass[i] = dot(own + i * features, sums(p, n), features) + total(row, up(last));
+      mass[i] = dot(own + i * features, sums(p, n), features) + total(inside + i * up(last), up(last));
       factor[i] = top[i] * (c.slant ? c.slant[head] : 1) + (c.bias ? c.bias[head] : 0);
       if (c.slope) factor[i] += dot(far + i * c.far_token, c.slope + head * c.dim, c.dim);
     }

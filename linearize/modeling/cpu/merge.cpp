@@ -10,7 +10,6 @@ struct Merge {
   Index batch, heads, time, width, of_batch, of_head, of_token;
 
   struct Row {
-    Index number;
     const float *near, *far;
     float mass, of_near, of_far;  // what both halves are multiplied by
   };
@@ -20,7 +19,7 @@ struct Merge {
     const float* far = rows.at(n / time / heads, n / time % heads, n % time);
     const float mass = far[width], other = mass > 0 ? factor[n] : -INFINITY, most = std::max(top[n], other);
     const float a = std::exp(top[n] - most), b = std::exp(other - most), whole = denominator[n] * a + mass * b;
-    return {n, numerator + n * width, far, mass, a / whole, mass > 0 ? b / whole : 0};
+    return {numerator + n * width, far, mass, a / whole, mass > 0 ? b / whole : 0};
   }
 
   // Of a tensor (B, T, H, V), where row n of (B, H, T) has its place.

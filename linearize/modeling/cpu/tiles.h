@@ -12,7 +12,8 @@ constexpr int LANES = 16, TALL = 8;  // of a vector; rows that are multiplied at
 #else
 constexpr int LANES = 8, TALL = 4;
 #endif
-constexpr int WIDTH = 16;  // rows of numbers are filled up to a multiple of it, whatever the vectors
+constexpr Index TILE = 16;  // queries at once
+constexpr int WIDTH = 16;   // rows of numbers are filled up to a multiple of it, whatever the vectors
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -130,4 +131,20 @@ inline Right padded(const float* x, Index rows, Index width, Index row, float* i
     std::fill(into + i * up(width) + width, into + (i + 1) * up(width), 0.0f);
   }
   return {into, up(width), LANES};
+}
+
+// Of scores a (rows, width) of queries `start` and later, those of keys after the query become 0.
+inline void causal(float* a, Index start, Index rows, Index width) {
+  for (Index i = 0; i < rows; i++) std::fill(a + i * width + start + i + 1, a + (i + 1) * width, 0.0f);
+}
+
+inline void add(float* into, const float* other, Index size) {
+  for (Index i = 0; i < size; i += LANES) store(into + i, load(into + i) + load(other + i));
+}
+
+// Memory for so many numbers, kept from call to call.
+template <class T>
+T* room(std::vector<T>& held, Index size) {
+  if (Index(held.size()) < size) held.resize(size);
+  return held.data();
 }

@@ -2,8 +2,6 @@
 #pragma once
 #include "tiles.h"
 
-constexpr Index TILE = 16;  // queries at once: they see a window and a tile of keys
-
 // Keys and values of one kv head, as products take them: `lead` earlier tokens, then the new ones.
 struct Packed {
   Right keys, sink_keys;
