@@ -113,9 +113,10 @@ def lora_step(adapted: Any, parameters: list[nn.Parameter], stage: Stage, ids: T
 
 def there_and_back(adapted: Any, ids: Tensor) -> Run:
     """A forward and a backward pass over a row, with the logits of its last token alone."""
+    model = adapted.get_base_model()  # what peft puts around it does not say which arguments it takes
 
     def run() -> None:
-        adapted.zero_grad(set_to_none=True)
-        adapted(input_ids=ids, use_cache=False, **few_logits(adapted)).logits.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, use_cache=False, **few_logits(model)).logits.float().square().mean().backward()
 
     return run

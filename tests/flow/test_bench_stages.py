@@ -64,6 +64,10 @@ def test_time_a_token_by_length(subject: Subject) -> None:
     clock = clock_of(subject)
     moves(clock, subject.model, lambda _, given: 1e-3 * tokens_of(given))
     moves(clock, subject.teacher, lambda _, given: 1e-4 * tokens_of(given) ** 2)
+    heads = [subject.model.lm_head, subject.teacher.lm_head]
+    logits: list[int] = []
+    for head in heads:
+        head.register_forward_hook(lambda _, given, out: logits.append(out.shape[1]))
     rows, found = lengths_apart(subject, [16, 32, 64], 32, 2)
     assert found["student"]["seconds_a_token"] == pytest.approx({"16": 1e-3, "32": 1e-3, "64": 1e-3})
     assert found["student"]["largest_over_smallest"] == pytest.approx(1)
@@ -71,6 +75,7 @@ def test_time_a_token_by_length(subject: Subject) -> None:
     assert found["teacher"]["largest_over_smallest"] == pytest.approx(2)
     work = {(r["name"].split(",")[0], r["length"]): r["work"]["flops"] for r in rows}
     assert work["student", 64] == pytest.approx(2 * work["student", 32], rel=0.25)
+    assert set(logits) == {1}
 
 
 def test_stage_lora_alone(subject: Subject) -> None:
