@@ -19,6 +19,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .native import WIDTH, asked, takes
+from .native_decayed import decayed as native_decayed
 from .native_ops import additive as native_additive
 from .recurrence_additive import chunked as own_additive_chunked
 from .recurrence_additive import step as own_additive_step
@@ -87,8 +88,8 @@ def run(name: str, q: Tensor, state: Tensor, **streams: Tensor | None) -> Result
 
 
 def additive_chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, terraced: int = 0) -> Result:
-    if g is None and q.shape[-1] % WIDTH == 0 and takes(q, k, v, state):
-        return native_additive(q, k, v, state, terraced)
+    if q.shape[-1] % WIDTH == 0 and (g is None or not terraced) and takes(q, k, v, g, state):
+        return native_additive(q, k, v, state, terraced) if g is None else native_decayed(q, k, v, g, state)
     if not by_kernel(q, k, v, g, state) or terraced:
         return own_additive_chunked(q, k, v, g, state, terraced)
     return run("head chunked" if g is None or g.dim() == 3 else "channel chunked", q, state, k=k, v=v, g=g)

@@ -1,46 +1,7 @@
 // The additive engine without decay: S_t = S_{t-1} + k_t v_t^T, read as q_t^T S, in chunks, and its gradients.
-#include "tiles.h"
+#include "chunks.h"
 
 namespace {
-
-// q (P, R, T, K), k (P, T, K), v (P, T, V); K is a multiple of WIDTH. States (P, N + 1, K, up(V)) are those at the chunks' borders.
-struct Engine {
-  const float *q, *k, *v;
-  Index problems, readers, time, keys, values, size, terraced;
-
-  Index chunks() const { return (time + size - 1) / size; }
-  Index wide() const { return up(values); }
-  Index state() const { return keys * wide(); }
-  Index start(Index n) const { return n * size; }
-  Index tokens(Index n) const { return std::min(size, time - start(n)); }
-  Index queries(Index p, Index r, Index n) const { return (p * readers + r) * time + start(n); }
-  const float* key(Index p, Index n) const { return k + (p * time + start(n)) * keys; }
-  const float* value(Index p, Index n) const { return v + (p * time + start(n)) * values; }
-  float* border(float* states, Index p, Index n) const { return states + (p * (chunks() + 1) + n) * state(); }
-};
-
-using Scratch = std::vector<float>[6];
-
-// Calls f(p, n) for each chunk, shared among the threads of a team.
-template <class F>
-void each_chunk(const Engine& e, const F& f) {
-#pragma omp for
-  for (Index u = 0; u < e.problems * e.chunks(); u++) f(u / e.chunks(), u % e.chunks());
-}
-
-// Adds what each border has to the next one, forwards or backwards.
-void accumulate(const Engine& e, float* states, bool forwards) {
-  const Index parts = 8, length = (e.state() / LANES + parts - 1) / parts * LANES;
-#pragma omp for
-  for (Index unit = 0; unit < e.problems * parts; unit++) {
-    const Index from = unit % parts * length, to = std::min(from + length, e.state());
-    for (Index n = 0; n < e.chunks(); n++) {
-      const Index target = forwards ? n + 1 : e.chunks() - 1 - n;
-      const float* other = e.border(states, unit / parts, forwards ? target - 1 : target + 1);
-      if (from < to) add(e.border(states, unit / parts, target) + from, other + from, to - from);
-    }
-  }
-}
 
 void read(const Engine& e, float* states, float* out, Index p, Index n, Scratch& scratch) {
   const Index tokens = e.tokens(n), wide = e.wide(), width = up(tokens);
@@ -117,7 +78,7 @@ extern "C" void additive_forward(const float* q, const float* k, const float* v,
       const Right own = padded(e.value(p, n), tokens, values, values, room(scratch[0], size * e.wide()));
       product({e.key(p, n), 1, keys}, own, keys, e.wide() / LANES, tokens, e.border(states, p, n + 1), e.wide(), false);
     });
-    accumulate(e, states, true);
+    accumulate(e, states, nullptr, true);
     each_chunk(e, [&](Index p, Index n) { read(e, states, out, p, n, scratch); });
   }
 }
@@ -141,7 +102,7 @@ extern "C" void additive_backward(const float* q, const float* k, const float* v
         product({q + row * keys, 1, keys}, own, keys, e.wide() / LANES, tokens, border, e.wide(), r > 0 || n == e.chunks() - terraced);
       }
     });
-    accumulate(e, borders, false);
+    accumulate(e, borders, nullptr, false);
     each_chunk(e, [&](Index p, Index n) { differentiate(e, g, p, n, scratch); });
   }
 }

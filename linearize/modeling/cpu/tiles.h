@@ -115,12 +115,34 @@ inline void product(const Left& a, Right b, Index rows, Index panels, Index dept
   }
 }
 
+// Swaps the blocks of a square of vectors that are `WIDE` lanes off its diagonal; all widths together transpose it.
+template <int WIDE>
+inline void swapped(Vector* square) {
+  Mask low, high;
+  for (int i = 0; i < LANES; i++) low[i] = i & WIDE ? LANES + i - WIDE : i, high[i] = i & WIDE ? LANES + i : i + WIDE;
+  for (int i = 0; i < LANES; i++) {
+    if (i & WIDE) continue;
+    const Vector a = square[i], b = square[i + WIDE];
+    square[i] = __builtin_shuffle(a, b, low), square[i + WIDE] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (WIDE > 1) swapped<WIDE / 2>(square);
+}
+
 // Rows x (rows, width) as the right factor of depth `width`: x^T in panels of LANES rows, zero beyond the last.
 inline Right transposed(const float* x, Index rows, Index width, Index row, float* into) {
-  for (Index p = 0; p < up(rows) / LANES; p++)
-    for (int i = 0; i < LANES; i++)
-      for (Index k = 0; k < width; k++)
-        into[(p * width + k) * LANES + i] = p * LANES + i < rows ? x[(p * LANES + i) * row + k] : 0.0f;
+  for (Index p = 0; p < up(rows) / LANES; p++) {
+    const float* from = x + p * LANES * row;
+    float* panel = into + p * width * LANES;
+    Index k = 0;
+    for (; (p + 1) * LANES <= rows && k + LANES <= width; k += LANES) {
+      Vector square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = load(from + i * row + k);
+      swapped<LANES / 2>(square);
+      for (int i = 0; i < LANES; i++) store(panel + (k + i) * LANES, square[i]);
+    }
+    for (Index at = k; at < width; at++)
+      for (int i = 0; i < LANES; i++) panel[at * LANES + i] = p * LANES + i < rows ? from[i * row + at] : 0.0f;
+  }
   return {into, LANES, width * LANES};
 }
 
@@ -138,8 +160,8 @@ inline void causal(float* a, Index start, Index rows, Index width) {
   for (Index i = 0; i < rows; i++) std::fill(a + i * width + start + i + 1, a + (i + 1) * width, 0.0f);
 }
 
-inline void add(float* into, const float* other, Index size) {
-  for (Index i = 0; i < size; i += LANES) store(into + i, load(into + i) + load(other + i));
+inline void add(float* into, const float* other, Index size, float factor = 1.0f) {
+  for (Index i = 0; i < size; i += LANES) store(into + i, load(into + i) + factor * load(other + i));
 }
 
 // Memory for so many numbers, kept from call to call.
