@@ -8,6 +8,19 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import WIDTH, takes
+from .native_ops import TAPS
+from .native_ops import convolution as native_convolution
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """y_t = sum_i w_i x_{t+i} (B, h, T, D) of x (B, h, T + n - 1, D) and w (n, h, D)."""
+    count, time = len(weight), x.shape[2] - len(weight) + 1
+    if count <= TAPS and x.shape[-1] % WIDTH == 0 and takes(x, weight):
+        return native_convolution(x, weight)
+    taps = weight[:, :, None]
+    return sum((x[:, :, i : i + time] * taps[i] for i in range(1, count)), x[:, :, :time] * taps[0])
+
 
 class CausalConv(nn.Module):
     """y_t = sum_i w_i x_{t-n+1+i} for each head and channel; starts as the identity (LAWCAT, section 3)."""
@@ -28,8 +41,7 @@ class CausalConv(nn.Module):
         if past is None:
             past = x.new_zeros(batch, heads, self.history, dim)
         joined = torch.cat([past.to(x.dtype), x], dim=2)
-        taps = self.weight.to(x.dtype)[:, :, None]
-        y = sum((joined[:, :, i : i + time] * taps[i] for i in range(1, self.history + 1)), joined[:, :, :time] * taps[0])
+        y = convolved(joined, self.weight.to(x.dtype))
         if lengths is None:
             return y, joined[:, :, time:].clone(memory_format=torch.contiguous_format)  # a view would keep the whole call alive
         index = lengths[:, None] + torch.arange(self.history, device=x.device)

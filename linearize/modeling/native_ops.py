@@ -17,6 +17,7 @@ from .native import WIDTH, call, library, pointer, rows, up
 from .recurrence_additive import CHUNK
 from .spec import MixerSpec, Shape
 
+TAPS = 8  # of a convolution, at most; convolution.cpp
 SHARES = 4  # in which the gradient of a map is summed, whatever the number of threads
 
 # ---- sinks and window ----
@@ -125,6 +126,35 @@ class _Hedgehog(torch.autograd.Function):
         sizes = (SHARES, *x.shape, weight.shape[-1], *x.stride()[:3])
         call("hedgehog_backward", x, weight, phi, grad.contiguous(), shares, of_x, *sizes)
         return of_x, shares.sum(1)
+
+
+# ---- a convolution over time ----
+
+
+def convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """y_t = sum_i w_i x_{t+i} (B, H, T, D) of x (B, H, T + n - 1, D) and w (n, H, D), for n <= TAPS and D a multiple of WIDTH."""
+    found: Tensor = _Convolution.apply(x, weight)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        (batch, heads, length, dim), taps = x.shape, len(weight)
+        y = x.new_empty(batch, heads, length - taps + 1, dim)
+        call("convolution_forward", x, weight, y, batch * heads, *y.shape[1:], taps)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = torch.empty_like(x) if ctx.needs_input_grad[0] else None, torch.empty_like(weight)
+        sizes = (len(x) * x.shape[1], *grad.shape[1:], len(weight))
+        call("convolution_backward", x, weight, grad.contiguous(), of_weight, of_x, *sizes)
+        return of_x, of_weight
 
 
 # ---- one softmax ----

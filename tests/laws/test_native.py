@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from forms import compare, evaluate
+from forms import STRENGTHS, compare, evaluate
 from torch import Tensor
 
 from linearize.modeling import native, native_ops, recurrence_additive
 from linearize.modeling.attention import softmax_attention
+from linearize.modeling.convolution import convolved
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.native_decayed import decayed
 from linearize.modeling.products import LN2, LOG2E
 from linearize.modeling.spec import MixerSpec, Shape
 from linearize.modeling.window import Keys, Part, Scores, attend, near_chunked
@@ -74,6 +76,54 @@ def test_additive_engine(values: int, terraced: int, called: list[str]) -> None:
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
     return recurrence_additive.reference(q, k, v, None, state, terraced)
+
+
+@needs_kernels
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("gates", ["head", "channel"])
+@pytest.mark.parametrize("values, readers", [(4, 1), (17, 2)])
+def test_decayed_engine(values: int, readers: int, gates: str, strength: str, called: list[str]) -> None:
+    for time, features in itertools.product(LENGTHS, (16, 80)):
+        sizes = (readers, time, features), (time, features), (time, values), (time, features)[: 1 + (gates == "channel")]
+        q, k, v, g = (torch.randn(2, 3, *size) for size in sizes)
+        stream = [q, k, v, STRENGTHS[strength] * g.abs(), torch.randn(2, 3, features, values)]
+        expected = evaluate(recurrence_additive.reference, [x.double() for x in stream])
+        compare(evaluate(decayed, stream), expected, f"{time} tokens")
+    assert set(called) == {"decayed_forward", "decayed_backward"}
+
+
+@needs_kernels
+def test_decays_that_keep_nothing_everything_or_are_none(called: list[str]) -> None:
+    q, k, v, state = torch.randn(1, 1, 1, 40, 16), torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 8), torch.randn(1, 1, 16, 8)
+    for decay in (0.0, -1e4, -torch.inf):
+        g = torch.full((1, 1, 40), decay)
+        expected = recurrence_additive.reference(*map(wide, (q, k, v, g, state)))
+        for found, other in zip(decayed(q, k, v, g, state), expected, strict=True):
+            assert_close(found, other, EXACT[torch.float32], str(decay))
+    g[..., 20] = torch.nan
+    assert decayed(q, k, v, g, state)[0].isnan().all(-1)[0, 0, 0].tolist() == [False] * 20 + [True] * 20
+
+
+@needs_kernels
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+@pytest.mark.parametrize("of_x", [True, False])
+def test_convolution(of_x: bool, taps: int, called: list[str]) -> None:
+    for time in LENGTHS:
+        x, weight = torch.randn(2, 3, time + taps - 1, 48), torch.randn(taps, 3, 48)
+        found, expected = (_convolved(change(x), change(weight), of_x) for change in (lambda x: x, wide))
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"convolution_forward", "convolution_backward"}
+    called.clear()
+    convolved(torch.randn(1, 1, 20, 48), torch.randn(native_ops.TAPS + 1, 1, 48))
+    assert not called
+
+
+def _convolved(x: Tensor, weight: Tensor, of_x: bool) -> list[Tensor]:
+    x, weight = x.clone().requires_grad_(of_x), weight.clone().requires_grad_()
+    y = convolved(x, weight)
+    slopes = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return [y.detach(), *torch.autograd.grad((y * slopes).sum(), [weight, *([x] if of_x else [])])]
 
 
 @needs_kernels

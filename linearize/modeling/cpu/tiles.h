@@ -23,16 +23,23 @@ inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
 inline Vector all(float x) { return x - Vector{}; }  // x + 0 would not be x where it is -0
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
+// The halves of a vector and of its halves, folded by f until one number is left.
+template <int SIZE = LANES, class F>
+inline float folded(const float* x, const F& f) {
+  float half[SIZE / 2];
+  for (int i = 0; i < SIZE / 2; i++) half[i] = f(x[i], x[i + SIZE / 2]);
+  if constexpr (SIZE == 2)
+    return half[0];
+  else
+    return folded<SIZE / 2>(half, f);
+}
+
 inline float sum(Vector v) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
+  return folded(reinterpret_cast<const float*>(&v), [](float a, float b) { return a + b; });
 }
 
 inline float largest(Vector v) {
-  float top = v[0];
-  for (int i = 1; i < LANES; i++) top = std::max(top, v[i]);
-  return top;
+  return folded(reinterpret_cast<const float*>(&v), [](float a, float b) { return a > b ? a : b; });
 }
 
 inline float dot(const float* a, const float* b, Index size) {
