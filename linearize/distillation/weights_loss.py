@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from linearize.modeling.attention import relative_weights
-from linearize.modeling.products import multiply
+from linearize.modeling.native import WIDTH, takes
+from linearize.modeling.native_ops import cross_entropy as native_cross_entropy
+from linearize.modeling.products import LOG2E, multiply
 from linearize.modeling.window import Scores
 
 ROW_BLOCK = 128
@@ -45,6 +47,10 @@ class _CrossEntropy(torch.autograd.Function):
         own: slice,
     ) -> Tensor:
         wanted, time = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], q.shape[2]
+        if causal and score.softcap is None and phi_q.shape[-1] % WIDTH == 0 and takes(phi_q, phi_k, q, k):
+            total, *grads = native_cross_entropy(phi_q, phi_k, q, k, score.scale * LOG2E, _first(segments, q), own, wanted)
+            ctx.save_for_backward(*grads)
+            return total
         grad_q, grad_k = (torch.zeros_like(x) for x in (phi_q, phi_k)) if wanted else (None, None)
         total = q.new_zeros(())
         for start in range(own.start, own.stop, ROW_BLOCK):
@@ -88,6 +94,15 @@ def _block(
     _last(grad, visible).mul_(visible)
     grad, sums = grad.view(*phi_q.shape[:3], -1), sums.view(*phi_q.shape[:3], 1)
     return loss, (multiply(grad, phi_k) / sums, multiply(grad.mT, phi_q / sums))
+
+
+def _first(segments: Tensor | None, q: Tensor) -> Tensor:
+    """The first key of each query's document, (B, T)."""
+    batch, time = q.shape[0], q.shape[2]
+    if segments is None:
+        return torch.zeros(batch, time, dtype=torch.int64)
+    begins = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return torch.where(begins, torch.arange(time), 0).cummax(1).values
 
 
 def _visible(rows: slice, seen: slice, segments: Tensor | None, causal: bool, like: Tensor) -> Tensor:

@@ -128,6 +128,24 @@ class _Hedgehog(torch.autograd.Function):
         return of_x, shares.sum(1)
 
 
+def cross_entropy(
+    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, scale: float, first: Tensor, own: slice, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, and where `wanted` its gradients by phi_q and phi_k.
+
+    A softmax of q (B, H, T, D) on k (B, G, T, D), s of phi_q (B, M, R, T, K) on phi_k (B, M, T, K); each query sees the keys from
+    `first` (B, T), which does not fall, to its own; `scale` is that of scores of base 2. K is a multiple of WIDTH.
+    """
+    phi_q, phi_k, q, k = (x.contiguous() for x in (phi_q, phi_k, q, k))
+    batch, memories, readers, time, keys = phi_q.shape
+    losses = torch.empty(batch, memories, SHARES, dtype=torch.float64)
+    of_q = torch.zeros_like(phi_q) if wanted else None
+    of_k = phi_k.new_empty(batch, memories, SHARES, time, keys) if wanted else None
+    sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, SHARES)
+    call("weights_loss", phi_q, phi_k, q, k, first.contiguous(), losses, of_q, of_k, *sizes, scale)
+    return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k.sum(2)
+
+
 # ---- a convolution over time ----
 
 

@@ -63,6 +63,21 @@ inline Vector power_of_two(Vector x) {
   return x < all(-126.0f) ? Vector{} : found;
 }
 
+// The natural logarithm of normal x > 0, after Cephes: exact where x is 1, within two of the last bits elsewhere.
+inline Vector logarithm(Vector x) {
+  const Mask bits = reinterpret_cast<Mask>(x) - 0x3f3504f3;  // of sqrt(1/2): x = 2^e m, m from there to sqrt(2)
+  const Mask exponent = bits >> 23;
+  const Vector m = reinterpret_cast<Vector>((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const Vector e = __builtin_convertvector(exponent, Vector);
+  Vector p = all(7.0376836292e-2f);
+  for (float c : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
+                  -2.4999993993e-1f, 3.3333331174e-1f})
+    p = p * m + c;
+  const Vector square = m * m;
+  const Vector small = square * m * p + e * -2.12194440e-4f - 0.5f * square;  // ln 2 is 0.693359375 - 2.12194440e-4
+  return e * 0.693359375f + (m + small);
+}
+
 // Rows (B, h, T, .) with steps of their own; channels lie side by side.
 struct Rows {
   const float* data;

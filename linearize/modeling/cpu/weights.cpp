@@ -1,0 +1,94 @@
+// Cross-entropy of a softmax teacher's weights and a linear student's, and its gradients, a tile of queries at a time.
+#include "window.h"
+
+namespace {
+
+constexpr Index BLOCK = 32;       // queries at once
+constexpr float LEAST = 1e-12f;  // of a weight and of a sum of weights
+
+// phi_q (B, M, R, T, K), phi_k (B, M, T, K), K a multiple of WIDTH; q (B, M R, T, D), k (B, G, T, D); first (B, T): the first key
+// that each query sees, which its own is the last of.
+struct Call {
+  const float *phi_q, *phi_k, *q, *k;
+  const int64_t* first;
+  Index batch, memories, readers, groups, time, keys, dim, begin, end, shares;
+  float scale;  // of scores of base 2
+};
+
+struct Scratch {
+  std::vector<float> packed, features, q, teacher, student;
+};
+
+struct Keys {
+  Right teacher, student;
+  const float* rows;
+};
+
+// One query's loss. Of `teacher` (width), its scores, and `student`, products of features, the latter becomes the loss's gradient.
+double row(float* teacher, float* student, Index width, int32_t least, int32_t most) {
+  Mask lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  const auto seen = [&](Index j) {
+    const Mask at = lane + int32_t(j);
+    return (at >= least) & (at <= most);
+  };
+  float denominator, top;
+  soften(teacher, width, seen, &denominator, &top);
+  Vector sums = Vector{}, logs = Vector{};
+  for (Index j = 0; j < width; j += LANES) {
+    const Vector x = seen(j) ? load(student + j) : Vector{};
+    sums += x;
+    logs += load(teacher + j) * logarithm(larger(x, all(LEAST)));
+  }
+  const float whole = sum(sums), share = whole > LEAST ? 1 / whole : 0.0f, mean = 1 / denominator;
+  for (Index j = 0; j < width; j += LANES) {
+    const Vector x = load(student + j), own = x > LEAST ? load(teacher + j) * mean / x : Vector{};
+    store(student + j, seen(j) ? share - own : Vector{});
+  }
+  return std::log(std::max(whole, LEAST)) - double(sum(logs)) * mean;
+}
+
+// Queries from `start` on of one reader: their loss, and gradients by their features, set, and by the keys', added.
+double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index start, float* grad_q, float* grad_k, Scratch& s) {
+  const Index rows = std::min(BLOCK, c.end - start), from = c.first[b * c.time + start] / WIDTH * WIDTH, last = start + rows;
+  const Index width = up(last - from), head = m * c.readers + r, at = (b * c.memories * c.readers + head) * c.time + start;
+  float *teacher = room(s.teacher, BLOCK * width), *student = room(s.student, BLOCK * width), *q = room(s.q, BLOCK * c.dim);
+  for (Index i = 0; i < rows * c.dim; i++) q[i] = c.q[at * c.dim + i] * c.scale;
+  product({q, c.dim, 1}, own.teacher.from(from / LANES), rows, width / LANES, c.dim, teacher, width, false);
+  const Left features{c.phi_q + at * c.keys, c.keys, 1};
+  product(features, own.student.from(from / LANES), rows, width / LANES, c.keys, student, width, false);
+  double loss = 0;
+  for (Index i = 0; i < rows; i++)
+    loss += row(teacher + i * width, student + i * width, width, c.first[b * c.time + start + i] - from, start + i - from);
+  if (!grad_q) return loss;
+  product({student, width, 1}, {own.rows + from * c.keys, c.keys, LANES}, rows, c.keys / LANES, last - from, grad_q + at * c.keys,
+          c.keys, false);
+  product({student, 1, width}, {features.data, c.keys, LANES}, last - from, c.keys / LANES, rows, grad_k + from * c.keys, c.keys, true);
+  return loss;
+}
+
+}  // namespace
+
+// The sum over queries from `begin` to `end` of each share of each memory, losses (B, M, S); grad_q (B, M, R, T, K) and shares of
+// grad_k (B, M, S, T, K), both null or neither.
+extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, const float* k, const int64_t* first,
+                             double* losses, float* grad_q, float* grad_k, Index batch, Index memories, Index readers, Index groups,
+                             Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale) {
+  const Call c{phi_q, phi_k, q, k, first, batch, memories, readers, groups, time, keys, dim, begin, end, shares, scale};
+#pragma omp parallel
+  {
+    Scratch s;
+#pragma omp for schedule(dynamic)
+    for (Index u = 0; u < batch * memories * shares; u++) {
+      const Index p = u / shares, b = p / memories, m = p % memories, g = m * groups / memories;
+      float *packed = room(s.packed, up(end) * dim), *features = room(s.features, up(end) * keys);
+      const Keys own{transposed(k + (b * groups + g) * time * dim, end, dim, dim, packed),
+                     transposed(phi_k + p * time * keys, end, keys, keys, features), phi_k + p * time * keys};
+      float* into = grad_k ? grad_k + u * time * keys : nullptr;
+      if (into) std::fill_n(into, time * keys, 0.0f);
+      losses[u] = 0;
+      for (Index t = begin + u % shares * BLOCK; t < end; t += shares * BLOCK)
+        for (Index r = 0; r < readers; r++) losses[u] += block(c, own, b, m, r, t, grad_q, into, s);
+    }
+  }
+}

@@ -1,0 +1,75 @@
+"""The kernel for the cross-entropy of attention weights: what PyTorch computes in float64, in value and gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.distillation.weights_loss import cross_entropy
+from linearize.modeling import native
+from linearize.modeling.window import Scores
+from linearize.testing.laws import EXACT, assert_close
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+
+
+@pytest.fixture(autouse=True)
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
+
+
+def found(given: list[Tensor], segments: Tensor | None, own: slice, softcap: float | None = None) -> list[Tensor]:
+    """Loss and gradients by the features of queries and keys."""
+    leaves = [x.clone().requires_grad_() for x in given[:2]]
+    loss = cross_entropy(*leaves, *given[2:], Scores(0.3, softcap), segments, True, own)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def streams(time: int, memories: int, readers: int, features: int, steep: float) -> list[Tensor]:
+    phi_q, phi_k = torch.randn(2, memories, readers, time, features), torch.randn(2, memories, time, features)
+    q, k = torch.randn(2, memories * readers, time, 20), torch.randn(2, 2, time, 20)
+    return [(steep * phi_q).softmax(-1), (steep * phi_k).softmax(-1), q, k]
+
+
+@pytest.mark.parametrize("steep", [1.0, 30.0])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("memories, readers", [(2, 3), (4, 1)])
+def test_loss_and_gradients(memories: int, readers: int, packed: bool, steep: float) -> None:
+    """Steep maps give weights below the floor, which has no gradient."""
+    for time, features in itertools.product((2, 16, 33, 150), (16, 48)):
+        given = streams(time, memories, readers, features, steep)
+        segments = (torch.arange(time) // 23).expand(2, -1) if packed else None
+        for own in (slice(0, time), slice(time // 3, time - time // 4)):
+            expected = found([x.double() for x in given], segments, own)
+            for part, other in zip(found(given, segments, own), expected, strict=True):
+                assert_close(part, other, EXACT[torch.float32], f"{time} tokens, {own}")
+
+
+def test_a_floor_has_no_gradient() -> None:
+    phi_q, phi_k, q, k = streams(40, 2, 1, 16, 1.0)
+    phi_q, phi_k = torch.zeros_like(phi_q), phi_k * 0
+    phi_q[..., 0], phi_k[:, :, ::2, 0] = 1.0, 1.0  # every second weight is none
+    given = [phi_q, phi_k, q, k]
+    for part, other in zip(found(given, None, slice(0, 40)), found([x.double() for x in given], None, slice(0, 40)), strict=True):
+        assert_close(part, other, EXACT[torch.float32], "half of the weights are 0")
+
+
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that caps its scores and features of a width that no kernel takes are PyTorch's."""
+    calls: list[str] = []
+    library = native.library()
+
+    class Recorded:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setattr(native, "library", lambda: Recorded())
+    found(streams(20, 2, 1, 16, 1.0), None, slice(0, 20))
+    assert calls == ["weights_loss"]
+    found(streams(20, 2, 1, 16, 1.0), None, slice(0, 20), 5.0)
+    found(streams(20, 2, 1, 12, 1.0), None, slice(0, 20))
+    assert calls == ["weights_loss"]
