@@ -18,6 +18,7 @@ from .recurrence_additive import CHUNK
 from .spec import MixerSpec, Shape
 
 TAPS = 8  # of a convolution, at most; convolution.cpp
+UNITS = 16  # of work at least, whatever the number of threads
 SHARES = 4  # in which the gradient of a map is summed, whatever the number of threads
 
 # ---- sinks and window ----
@@ -138,10 +139,11 @@ def cross_entropy(
     """
     phi_q, phi_k, q, k = (x.contiguous() for x in (phi_q, phi_k, q, k))
     batch, memories, readers, time, keys = phi_q.shape
-    losses = torch.empty(batch, memories, SHARES, dtype=torch.float64)
-    of_q = torch.zeros_like(phi_q) if wanted else None
-    of_k = phi_k.new_empty(batch, memories, SHARES, time, keys) if wanted else None
-    sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, SHARES)
+    shares = -(-UNITS // (batch * memories))
+    losses = torch.empty(batch, memories, shares, dtype=torch.float64)
+    of_q = (torch.zeros_like if own.stop - own.start < time else torch.empty_like)(phi_q) if wanted else None
+    of_k = phi_k.new_empty(batch, memories, shares, time, keys) if wanted else None
+    sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
     call("weights_loss", phi_q, phi_k, q, k, first.contiguous(), losses, of_q, of_k, *sizes, scale)
     return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k.sum(2)
 

@@ -16,12 +16,11 @@ struct Call {
 };
 
 struct Scratch {
-  std::vector<float> packed, features, q, teacher, student;
+  std::vector<float> packed, features, rows, q, teacher, student;
 };
 
 struct Keys {
-  Right teacher, student;
-  const float* rows;
+  Right teacher, student, rows;
 };
 
 // One query's loss. Of `teacher` (width), its scores, and `student`, products of features, the latter becomes the loss's gradient.
@@ -51,19 +50,19 @@ double row(float* teacher, float* student, Index width, int32_t least, int32_t m
 // Queries from `start` on of one reader: their loss, and gradients by their features, set, and by the keys', added.
 double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index start, float* grad_q, float* grad_k, Scratch& s) {
   const Index rows = std::min(BLOCK, c.end - start), from = c.first[b * c.time + start] / WIDTH * WIDTH, last = start + rows;
-  const Index width = up(last - from), head = m * c.readers + r, at = (b * c.memories * c.readers + head) * c.time + start;
-  float *teacher = room(s.teacher, BLOCK * width), *student = room(s.student, BLOCK * width), *q = room(s.q, BLOCK * c.dim);
+  const Index width = up(last - from), stride = width | WIDTH, head = m * c.readers + r, at = (b * c.memories * c.readers + head) * c.time + start;
+  float *teacher = room(s.teacher, BLOCK * stride), *student = room(s.student, BLOCK * stride), *q = room(s.q, BLOCK * c.dim);
   for (Index i = 0; i < rows * c.dim; i++) q[i] = c.q[at * c.dim + i] * c.scale;
-  product({q, c.dim, 1}, own.teacher.from(from / LANES), rows, width / LANES, c.dim, teacher, width, false);
+  product({q, c.dim, 1}, own.teacher.from(from / LANES), rows, width / LANES, c.dim, teacher, stride, false);
   const Left features{c.phi_q + at * c.keys, c.keys, 1};
-  product(features, own.student.from(from / LANES), rows, width / LANES, c.keys, student, width, false);
+  product(features, own.student.from(from / LANES), rows, width / LANES, c.keys, student, stride, false);
   double loss = 0;
   for (Index i = 0; i < rows; i++)
-    loss += row(teacher + i * width, student + i * width, width, c.first[b * c.time + start + i] - from, start + i - from);
+    loss += row(teacher + i * stride, student + i * stride, width, c.first[b * c.time + start + i] - from, start + i - from);
   if (!grad_q) return loss;
-  product({student, width, 1}, {own.rows + from * c.keys, c.keys, LANES}, rows, c.keys / LANES, last - from, grad_q + at * c.keys,
-          c.keys, false);
-  product({student, 1, width}, {features.data, c.keys, LANES}, last - from, c.keys / LANES, rows, grad_k + from * c.keys, c.keys, true);
+  const Right keys{own.rows.data + from * LANES, own.rows.row, own.rows.panel};
+  product({student, stride, 1}, keys, rows, c.keys / LANES, last - from, grad_q + at * c.keys, c.keys, false);
+  product({student, 1, stride}, {features.data, c.keys, LANES}, last - from, c.keys / LANES, rows, grad_k + from * c.keys, c.keys, true);
   return loss;
 }
 
@@ -83,7 +82,8 @@ extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float
       const Index p = u / shares, b = p / memories, m = p % memories, g = m * groups / memories;
       float *packed = room(s.packed, up(end) * dim), *features = room(s.features, up(end) * keys);
       const Keys own{transposed(k + (b * groups + g) * time * dim, end, dim, dim, packed),
-                     transposed(phi_k + p * time * keys, end, keys, keys, features), phi_k + p * time * keys};
+                     transposed(phi_k + p * time * keys, end, keys, keys, features),
+                     panelled(phi_k + p * time * keys, end, keys, room(s.rows, end * keys))};
       float* into = grad_k ? grad_k + u * time * keys : nullptr;
       if (into) std::fill_n(into, time * keys, 0.0f);
       losses[u] = 0;
