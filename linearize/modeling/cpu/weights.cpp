@@ -50,7 +50,8 @@ double row(float* teacher, float* student, Index width, int32_t least, int32_t m
 // Queries from `start` on of one reader: their loss, and gradients by their features, set, and by the keys', added.
 double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index start, float* grad_q, float* grad_k, Scratch& s) {
   const Index rows = std::min(BLOCK, c.end - start), from = c.first[b * c.time + start] / WIDTH * WIDTH, last = start + rows;
-  const Index width = up(last - from), stride = width | WIDTH, head = m * c.readers + r, at = (b * c.memories * c.readers + head) * c.time + start;
+  const Index width = up(last - from), stride = width | WIDTH;  // an odd number of lines, which spread over a cache
+  const Index at = ((b * c.memories + m) * c.readers + r) * c.time + start;
   float *teacher = room(s.teacher, BLOCK * stride), *student = room(s.student, BLOCK * stride), *q = room(s.q, BLOCK * c.dim);
   for (Index i = 0; i < rows * c.dim; i++) q[i] = c.q[at * c.dim + i] * c.scale;
   product({q, c.dim, 1}, own.teacher.from(from / LANES), rows, width / LANES, c.dim, teacher, stride, false);
