@@ -15,7 +15,7 @@ from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, stored
 from .native import takes_frozen
-from .native_ops import listed as native_listed
+from .native_slots import among_slots
 from .places import Place
 from .products import LN2, LOG2E
 from .slot_scores import SlotScore, slot_score
@@ -88,9 +88,11 @@ class Leaving(Far):
         self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
     ) -> tuple[Part | None, Tensor | None]:
         """Some windows' length of arrivals after another: one, where a score reads the memory as it was at that boundary, and where
-        all queries of a block read what its arrivals leave."""
+        all queries of a block read what its arrivals leave; all at once, where a kernel has them read."""
         spec, dtype = self.spec, queries.near.dtype
         length = spec.window * (1 if spec.scores_recall or spec.block > 1 else max(1, ARRIVALS // spec.window))
+        if not spec.scores_recall and spec.block == 1 and by_kernel(queries.score, queries.near, tokens["k"], tokens["v"]):
+            length = len(frame)
         near = frame.queries(queries.near).split(length, dim=3)  # a slice's gradient is as large as the whole, for each
         features = None if queries.far is None else frame.queries(queries.far).split(length, dim=3)
         route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0].split(length, dim=2)
@@ -167,16 +169,17 @@ class Leaving(Far):
 
     def _slot_part(self, q: Tensor, admission: Admission, score: Scores) -> Part:
         """Queries (B, G, R, n, D) of the arrivals' times over the slots as they were then."""
-        member = admission.member
-        if self.spec.block > 1:
-            member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
-        tokens = admission.candidates
-        given = (q, tokens["k"], tokens["v"])
-        if score.softcap is None and takes_frozen(*given):
-            numerator, denominator, top = native_listed(*given, member, score.scale * LOG2E)
+        tokens, new, whole = admission.candidates, q.shape[3], self.spec.block > 1  # blocks leave whole, before their queries
+        k, v = tokens["k"], tokens["v"]
+        if by_kernel(score, q, k, v):
+            gone = admission.gone.where(admission.gone == new, 0) if whole else admission.gone
+            shown = k.shape[2] - (0 if whole else new)
+            numerator, denominator, top = among_slots(q, k, v, gone, shown, score.scale * LOG2E)
             return Part(numerator, denominator, top * LN2)
-        group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
-        return attend(q.unsqueeze(3), group, score)[0]
+        member = admission.member
+        if whole:
+            member = member[..., -1:, :].expand_as(member)
+        return attend(q.unsqueeze(3), Keys(k[:, :, None], v[:, :, None], member[:, :, None]), score)[0]
 
     # ---- one token ----
 
@@ -240,6 +243,11 @@ class Leaving(Far):
         tokens = {name: opened(gather(state[name], index), dtype) for name in FIELDS if name in state}
         found = self._recalled(tokens, (count - spec.recent)[:, None] + offsets, begins, far)
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
+
+
+def by_kernel(score: Scores, *tensors: Tensor) -> bool:
+    """Whether a kernel has queries read slots."""
+    return score.softcap is None and takes_frozen(*tensors)
 
 
 def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") -> Tokens:

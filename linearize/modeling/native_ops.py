@@ -38,16 +38,6 @@ def window(
     return numerator, denominator, top
 
 
-def listed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of q (B, G, R, n, D) on k and v (B, G, L, .), of which each query sees those that `seen` (B, G, n, L) marks."""
-    numerator, denominator, top = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
-    q = rows(q).flatten(1, 2)
-    k, v, seen = k.contiguous(), v.contiguous(), seen.expand(*k.shape[:2], -1, -1).contiguous()
-    sizes = (*numerator.shape[:4], *k.shape[2:], v.shape[-1])
-    call("listed_attend", q, *q.stride()[:3], k, v, seen, numerator, denominator, top, *sizes, scale)
-    return numerator, denominator, top
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding: int | None) -> Tensor:
     """Causal softmax attention (B, H, T, V) of q (B, H, T, D) on k and v (B, G, T, .): a window as long as the text."""
     count, none = torch.zeros(1, dtype=torch.long), k[:, :, :0]

@@ -15,23 +15,35 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import takes
+from .native_slots import admission
+
 Tokens = dict[str, Tensor]  # k, v and what else a token carries, each (B, kv heads or memories, n, .); score (B, G, n)
 EMPTY = -torch.inf
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What became of n arrivals: candidates (m slots, then the arrivals) and which of them each arrival leaves in a slot.
+    """What became of n arrivals: candidates (m slots, then the arrivals) and when each of them goes.
 
-    member (B, G, n, m + n); slots after all arrivals; `lost` (B, G, n) indexes the candidate that arrival i pushed out, where
-    `out` (B, n) says that there was one.
+    gone (B, G, m + n), the arrival that pushes a candidate out: n where none does, 0 where no token is; slots after all arrivals;
+    `lost` (B, G, n) indexes the candidate that arrival i pushed out, where `out` (B, n) says that there was one.
     """
 
     candidates: Tokens
-    member: Tensor
+    gone: Tensor
     slots: Tokens
     lost: Tensor
     out: Tensor
+
+    @property
+    def member(self) -> Tensor:
+        """Which candidates each arrival leaves in a slot: (B, G, n, m + n)."""
+        new = self.lost.shape[2]
+        size, arrival = self.gone.shape[2] - new, torch.arange(new, device=self.gone.device)
+        member = arrival[:, None] < self.gone[..., None, :]
+        member[..., size:] &= arrival[:, None] >= arrival
+        return member
 
     def losers(self) -> Tokens:
         """Tokens pushed out, in the order of the arrivals: (B, ., n, .)."""
@@ -58,22 +70,23 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     everything = {name: torch.cat([slots[name].to(x.dtype), x], dim=2) for name, x in arrivals.items()}
     score = everything["score"].masked_fill(torch.nn.functional.pad(~valid, (size, 0), value=False)[:, None], EMPTY)
     everything["score"] = score
+    if takes(score):
+        gone, lost, after, out = admission(score, size)
+        return Admission(everything, gone, picked(everything, after), lost, out)
     there = score > EMPTY
     age = torch.arange(size + new, device=device)
     if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
-        member = (there & (age != lost))[..., None, :]
-        return Admission(everything, member, picked(everything, _moved_up(there, lost)), lost, there.gather(2, lost)[:, 0])
-    gone, pushing = _gone(score, there, size), torch.arange(new, device=device)
-    member = pushing[:, None] < gone[..., None, :]
-    member[..., size:] &= pushing[:, None] >= pushing
+        gone = (there & (age != lost)).long()
+        return Admission(everything, gone, picked(everything, _moved_up(there, lost)), lost, there.gather(2, lost)[:, 0])
+    gone = _gone(score, there, size)
     # whom arrival i pushes out stands at place i, those that none does behind
     when = torch.where(there, gone, new)
     lost = torch.zeros_like(when[..., : new + 1]).scatter_(2, when, age.expand_as(when))[..., :new]
     out = torch.zeros_like(there[:, 0, : new + 1]).scatter_(1, when[:, 0], True)[:, :new]  # every kv head has seen as many tokens
     # those that stay in the order in which they came, then empty ones: where one is empty, all tokens stay
     after = (gone < new).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    return Admission(everything, member, picked(everything, after), lost, out)
+    return Admission(everything, gone, picked(everything, after), lost, out)
 
 
 def _gone(score: Tensor, there: Tensor, size: int) -> Tensor:

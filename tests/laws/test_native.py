@@ -19,9 +19,8 @@ from linearize.modeling import native, native_ops, recurrence_additive
 from linearize.modeling.attention import softmax_attention
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.mixer import Inputs, Mixer
-from linearize.modeling.products import LN2, LOG2E
 from linearize.modeling.spec import MixerSpec, Shape
-from linearize.modeling.window import Keys, Part, Scores, attend, near_chunked
+from linearize.modeling.window import Part, Scores, near_chunked
 from linearize.testing import method_points, random_inputs, randomise
 from linearize.testing.laws import BY_HEAD, EXACT, assert_close, deviation, run
 
@@ -122,19 +121,6 @@ def _same_part(found: Part, expected: Part, what: str) -> None:
     assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
     mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
     assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
-
-
-@needs_kernels
-@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
-def test_listed_keys(share: float, called: list[str]) -> None:
-    for time, keys in itertools.product((1, 17, 64), LENGTHS):
-        q = torch.randn(2, time, 4, 16).transpose(1, 2).unflatten(1, (2, 2))
-        k, v = torch.randn(2, 2, keys, 16), torch.randn(2, 2, keys, 20)
-        seen = torch.rand(2, 2, time, keys) < share
-        found = native_ops.listed(q, k, v, seen, 0.3 * LOG2E)
-        expected = attend(wide(q).unsqueeze(3), Keys(wide(k)[:, :, None], wide(v)[:, :, None], seen[:, :, None]), Scores(0.3))[0]
-        _same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{time} queries on {keys} keys")
-    assert set(called) == {"listed_attend"}
 
 
 @needs_kernels

@@ -1,0 +1,145 @@
+// How exact keys and values are stored, as storage.py has it, bit for bit: 8 bits a channel, or 4 between two bounds a block.
+#include "tiles.h"
+
+namespace {
+
+constexpr Index BLOCK = 32, STEPS = 15, LEVELS = 127;
+constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: to add and take it rounds to the nearest integer, of two the even one
+
+// bfloat16 as the upper half of a float: rounded to the nearest, of two the even one.
+uint16_t shorten(float x) {
+  if (x != x) return 0x7FC0;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The values of codes between two bounds.
+void interpolate(const float* codes, float low, float high, float* values) {
+  const float apart = high - low;
+  for (Index i = 0; i < BLOCK; i++) {
+    const float weight = codes[i] / STEPS, rising = std::fma(weight, apart, low), falling = std::fma(weight - 1, apart, high);
+    values[i] = weight < 0.5f ? rising : falling;
+  }
+}
+
+// Codes of a block of x, and its bounds.
+void divide(const float* x, float* codes, uint16_t* bounds) {
+  float least = x[0], greatest = x[0];
+  bool number = true;
+  for (Index i = 0; i < BLOCK; i++) {
+    least = x[i] < least ? x[i] : least;
+    greatest = x[i] > greatest ? x[i] : greatest;
+    number &= x[i] == x[i];
+  }
+  if (!number) least = greatest = NAN;
+  bounds[0] = shorten(least), bounds[1] = shorten(greatest);
+  const float low = widen(bounds[0]), step = (widen(bounds[1]) - low) / STEPS, by = step > 0 ? step : 1;
+  for (Index i = 0; i < BLOCK; i++) {
+    const float code = (x[i] - low) / by, positive = code > 0 ? code : 0;
+    const float whole = ((positive < STEPS ? positive : STEPS) + WHOLE) - WHOLE, filled = x[i] == greatest ? STEPS : whole;
+    codes[i] = (x[i] == least) | (step == 0) ? 0 : filled;
+  }
+}
+
+struct Four {
+  static Index bytes(Index channels) { return channels / 2 + (channels + BLOCK - 1) / BLOCK * 2 * sizeof(uint16_t); }
+
+  // Either of `bytes` and `values` may be null.
+  static void keep(const float* x, Index channels, uint8_t* bytes, float* values, std::vector<float>& held) {
+    const Index blocks = (channels + BLOCK - 1) / BLOCK, half = channels / 2;
+    float *filled = room(held, 3 * blocks * BLOCK), *codes = filled + blocks * BLOCK, *found = codes + blocks * BLOCK;
+    std::memcpy(filled, x, channels * sizeof(float));
+    std::fill(filled + channels, filled + blocks * BLOCK, x[channels - 1]);
+    for (Index b = 0; b < blocks; b++) {
+      uint16_t bounds[2];
+      divide(filled + b * BLOCK, codes + b * BLOCK, bounds);
+      if (values) interpolate(codes + b * BLOCK, widen(bounds[0]), widen(bounds[1]), found + b * BLOCK);
+      if (bytes) std::memcpy(bytes + half + b * sizeof bounds, bounds, sizeof bounds);
+    }
+    for (Index c = 0; bytes && c < half; c++) bytes[c] = uint8_t(int32_t(codes[c]) | int32_t(codes[c + half]) << 4);
+    for (Index c = 0; values && c < channels; c++) values[c] = found[c] + (x[c] - x[c]);
+  }
+
+  static void open(const uint8_t* bytes, Index channels, float* values, std::vector<float>& held) {
+    const Index blocks = (channels + BLOCK - 1) / BLOCK, half = channels / 2;
+    float *codes = room(held, 2 * blocks * BLOCK), *found = codes + blocks * BLOCK;
+    for (Index c = 0; c < half; c++) codes[c] = bytes[c] & STEPS, codes[c + half] = bytes[c] >> 4;
+    std::fill(codes + channels, codes + blocks * BLOCK, 0.0f);
+    for (Index b = 0; b < blocks; b++) {
+      uint16_t bounds[2];
+      std::memcpy(bounds, bytes + half + b * sizeof bounds, sizeof bounds);
+      interpolate(codes + b * BLOCK, widen(bounds[0]), widen(bounds[1]), found + b * BLOCK);
+    }
+    std::memcpy(values, found, channels * sizeof(float));
+  }
+};
+
+struct Eight {
+  static Index bytes(Index channels) { return channels + sizeof(uint16_t); }
+
+  static void keep(const float* x, Index channels, uint8_t* bytes, float* values, std::vector<float>&) {
+    float most = 0;
+    bool number = true;
+    for (Index c = 0; c < channels; c++) {
+      const float size = std::fabs(x[c]);
+      most = size > most ? size : most;
+      number &= size == size;
+    }
+    const uint16_t scale = shorten(number ? most / LEVELS : NAN);
+    const float wide = widen(scale), by = wide > 0 ? wide : 1;
+    for (Index c = 0; c < channels; c++) {
+      const float code = x[c] / by, number = code == code ? code : 0, lower = number < LEVELS ? number : LEVELS;
+      const float whole = ((lower > -LEVELS ? lower : -LEVELS) + WHOLE) - WHOLE;
+      if (bytes) bytes[c] = uint8_t(int32_t(whole));
+      if (values) values[c] = whole * wide + (x[c] - x[c]);
+    }
+    if (bytes) std::memcpy(bytes + channels, &scale, sizeof scale);
+  }
+
+  static void open(const uint8_t* bytes, Index channels, float* values, std::vector<float>&) {
+    uint16_t scale;
+    std::memcpy(&scale, bytes + channels, sizeof scale);
+    for (Index c = 0; c < channels; c++) values[c] = float(int8_t(bytes[c])) * widen(scale);
+  }
+};
+
+template <class Form>
+void keep(const float* x, uint8_t* bytes, float* values, Index rows, Index channels) {
+#pragma omp parallel if (rows * channels > 1 << 15)
+  {
+    std::vector<float> held;
+#pragma omp for
+    for (Index i = 0; i < rows; i++)
+      Form::keep(x + i * channels, channels, bytes ? bytes + i * Form::bytes(channels) : nullptr,
+                 values ? values + i * channels : nullptr, held);
+  }
+}
+
+template <class Form>
+void open(const uint8_t* bytes, float* values, Index rows, Index channels) {
+#pragma omp parallel if (rows * channels > 1 << 15)
+  {
+    std::vector<float> held;
+#pragma omp for
+    for (Index i = 0; i < rows; i++) Form::open(bytes + i * Form::bytes(channels), channels, values + i * channels, held);
+  }
+}
+
+}  // namespace
+
+// x (rows, channels) as it is stored, and what is read of it; either may be null.
+extern "C" void storage_keep(const float* x, uint8_t* bytes, float* values, Index rows, Index channels, Index four) {
+  four ? keep<Four>(x, bytes, values, rows, channels) : keep<Eight>(x, bytes, values, rows, channels);
+}
+
+extern "C" void storage_open(const uint8_t* bytes, float* values, Index rows, Index channels, Index four) {
+  four ? open<Four>(bytes, values, rows, channels) : open<Eight>(bytes, values, rows, channels);
+}
