@@ -138,13 +138,13 @@ def _same_part(found: Part, expected: Part, what: str) -> None:
 
 
 def _numbers(channels: int) -> Tensor:
-    """Large and small ones, equal ones, halves between two codes, zeros, and blocks of hardly any range."""
+    """Large and small ones, equal ones, halves between two codes, zeros, blocks of hardly any range, and beyond any."""
     x = torch.randn(40, 3, channels) * torch.logspace(-30, 30, 40)[:, None, None]
     x[1], x[2], x[3] = 0.0, -7.3, torch.randint(-2, 3, x[3].shape).float()
     x[4] = 1 + torch.randint(2, x[4].shape) * 2.0**-20
     x[5] = torch.randint(31, x[5].shape) / 2
     x[5, :, 0], x[5, :, 1] = 0.0, 15.0
-    x[6], x[7] = x[6] * 1e-39, torch.where(torch.rand(3, channels) < 0.5, 3.4e38, -3.4e38)
+    x[6], x[7] = torch.randn(3, channels) * 1e-40, torch.where(torch.rand(3, channels) < 0.5, 3.4e38, -3.4e38)
     return x
 
 

@@ -14,12 +14,16 @@ uint16_t shorten(float x) {
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
-float widen(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
+float as_float(int32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+float widen(uint16_t half) { return as_float(int32_t(uint32_t(half) << 16)); }
+
+// The bits of floats as integers of the same order, or back; what is not a number comes last, or first.
+int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & INT32_MAX); }
 
 // The values of codes between two bounds.
 void interpolate(const float* codes, float low, float high, float* values) {
@@ -32,21 +36,23 @@ void interpolate(const float* codes, float low, float high, float* values) {
 
 // Codes of a block of x, and its bounds.
 void divide(const float* x, float* codes, uint16_t* bounds) {
-  float least = x[0], greatest = x[0];
-  bool number = true;
+  int32_t first = INT32_MAX, last = INT32_MIN;
   for (Index i = 0; i < BLOCK; i++) {
-    least = x[i] < least ? x[i] : least;
-    greatest = x[i] > greatest ? x[i] : greatest;
-    number &= x[i] == x[i];
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    first = std::min(first, ordered(bits)), last = std::max(last, ordered(bits));
   }
-  if (!number) least = greatest = NAN;
+  float least = as_float(ordered(first)), greatest = as_float(ordered(last));
+  if (least != least || greatest != greatest) least = greatest = NAN;
   bounds[0] = shorten(least), bounds[1] = shorten(greatest);
-  const float low = widen(bounds[0]), step = (widen(bounds[1]) - low) / STEPS, by = step > 0 ? step : 1;
-  for (Index i = 0; i < BLOCK; i++) {
-    const float code = (x[i] - low) / by, positive = code > 0 ? code : 0;
-    const float whole = ((positive < STEPS ? positive : STEPS) + WHOLE) - WHOLE, filled = x[i] == greatest ? STEPS : whole;
-    codes[i] = (x[i] == least) | (step == 0) ? 0 : filled;
+  const float low = widen(bounds[0]), step = (widen(bounds[1]) - low) / STEPS;
+  const Vector by = all(step > 0 ? step : 1), none = Vector{}, full = all(STEPS);
+  for (Index i = 0; i < BLOCK; i += LANES) {
+    const Vector v = load(x + i), code = larger((v - low) / by, none);  // what is not a number: 0
+    const Vector whole = ((code < full ? code : full) + WHOLE) - WHOLE, filled = v == all(greatest) ? full : whole;
+    store(codes + i, v == all(least) ? none : filled);
   }
+  if (step == 0) std::fill_n(codes, BLOCK, 0.0f);
 }
 
 struct Four {
@@ -85,22 +91,22 @@ struct Four {
 struct Eight {
   static Index bytes(Index channels) { return channels + sizeof(uint16_t); }
 
-  static void keep(const float* x, Index channels, uint8_t* bytes, float* values, std::vector<float>&) {
-    float most = 0;
-    bool number = true;
+  static void keep(const float* x, Index channels, uint8_t* bytes, float* values, std::vector<float>& held) {
+    int32_t most = 0;  // |x| as integers are in the same order, and what is not a number comes last
     for (Index c = 0; c < channels; c++) {
-      const float size = std::fabs(x[c]);
-      most = size > most ? size : most;
-      number &= size == size;
+      int32_t bits;
+      std::memcpy(&bits, x + c, sizeof bits);
+      most = std::max(most, bits & INT32_MAX);
     }
-    const uint16_t scale = shorten(number ? most / LEVELS : NAN);
+    const uint16_t scale = shorten(as_float(most) / LEVELS);
     const float wide = widen(scale), by = wide > 0 ? wide : 1;
+    float* codes = room(held, channels);
     for (Index c = 0; c < channels; c++) {
       const float code = x[c] / by, number = code == code ? code : 0, lower = number < LEVELS ? number : LEVELS;
-      const float whole = ((lower > -LEVELS ? lower : -LEVELS) + WHOLE) - WHOLE;
-      if (bytes) bytes[c] = uint8_t(int32_t(whole));
-      if (values) values[c] = whole * wide + (x[c] - x[c]);
+      codes[c] = ((lower > -LEVELS ? lower : -LEVELS) + WHOLE) - WHOLE;
     }
+    for (Index c = 0; values && c < channels; c++) values[c] = codes[c] * wide + (x[c] - x[c]);
+    for (Index c = 0; bytes && c < channels; c++) bytes[c] = uint8_t(int32_t(codes[c]));
     if (bytes) std::memcpy(bytes + channels, &scale, sizeof scale);
   }
 
