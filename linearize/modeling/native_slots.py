@@ -26,6 +26,16 @@ def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return gone, lost, after, out
 
 
+def pick(slots: Tensor, arrivals: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, h, n', .) or (B, h, n') of slots (B, h, m, .) and arrivals (B, h, n, .) of any one type at index (B, G, n')."""
+    slots, arrivals, index = slots.contiguous(), arrivals.contiguous(), index.contiguous()
+    (batch, heads, size), count = slots.shape[:3], index.shape[2]
+    into = slots.new_empty(batch, heads, count, *slots.shape[3:])
+    width = slots.shape[3:].numel() * slots.element_size()
+    call("slots_pick", slots, arrivals, index, into, batch * heads, heads // index.shape[1], size, arrivals.shape[2], count, width)
+    return into
+
+
 def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator, denominator and maximum of base 2 of q (B, G, R, n, D) on candidates k and v (B, G, C, .), without gradients.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from linearize.modeling import native
 from linearize.modeling.native_slots import among_slots
 from linearize.modeling.products import LN2, LOG2E
-from linearize.modeling.slots import Admission, Tokens, admit
+from linearize.modeling.slots import Admission, Tokens, admit, picked
 from linearize.modeling.storage import EIGHT, FOUR, kept, opened, rounded
 from linearize.modeling.window import Keys, Part, Scores, attend
 from linearize.testing.laws import EXACT, assert_close
@@ -64,7 +64,9 @@ def _tokens(score: Tensor, first: int) -> Tokens:
 
 def _scores(*size: int, levels: int) -> Tensor:
     """Few levels are ties; 0 and -0 are one."""
-    return torch.randint(levels, size).sub(levels // 2) * -1.0 if levels < 100 else torch.randn(size)
+    if levels >= 100:
+        return torch.randn(size)
+    return (torch.randint(levels, size) - levels // 2) * torch.where(torch.rand(size) < 0.5, 1.0, -1.0)
 
 
 @pytest.mark.parametrize("filled", [0.0, 0.6, 1.0])
@@ -77,7 +79,7 @@ def test_who_stays(levels: int, filled: float, by_torch: Any, called: list[str])
         valid = torch.rand(3, new) < torch.tensor([[1.0], [0.7], [0.0]])
         found, expected = by_torch(admit, _tokens(old, 0), _tokens(came.requires_grad_(), size), valid)
         _same_admission(found, expected)
-    assert set(called) == {"slots_admit"}
+    assert set(called) == {"slots_admit", "slots_pick"}
 
 
 def _same_admission(found: Admission, expected: Admission) -> None:
@@ -104,7 +106,29 @@ def test_scores_that_are_none(called: list[str]) -> None:
     assert found.slots["k"][0, 0, :, 0].tolist() == [2, 4, 6]
     assert found.lost[0, 0, 2:].tolist() == [0, 5]
     assert found.out[0].tolist() == [False, False, True, True]
-    assert called == ["slots_admit"]
+    assert set(called) == {"slots_admit", "slots_pick"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_tokens_that_are_picked(dtype: torch.dtype, by_torch: Any) -> None:
+    """In any order, of heads that share an index, from what does not lie side by side."""
+    for width in ((), (1,), (37,)):
+        slots, arrivals = (torch.randint(100, (2, 6, n, *width)).to(dtype) for n in (9, 5))
+        slots = slots.transpose(0, 1).contiguous().transpose(0, 1)
+        scores = torch.zeros(2, 3, 9), torch.zeros(2, 3, 5)
+        given = ({"k": slots, "score": scores[0]}, {"k": arrivals, "score": scores[1]})
+        for index in (torch.randint(14, (2, 3, 20)), torch.arange(14).expand(2, 3, -1), torch.zeros(2, 3, 0).long()):
+            found, expected = by_torch(picked, *given, index)
+            assert torch.equal(found["k"], expected["k"])
+
+
+def test_what_is_picked_has_a_gradient(by_torch: Any) -> None:
+    slots, arrivals = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 2, 4, requires_grad=True)
+    given = ({"k": slots, "score": slots[..., 0]}, {"k": arrivals, "score": arrivals[..., 0].detach()})
+    index = torch.tensor([[[4, 1], [3, 3]]])
+    for found in by_torch(picked, *given, index):
+        grad = torch.autograd.grad(found["k"].sum(), arrivals)[0]
+        assert grad[0, :, :, 0].tolist() == [[0, 1], [2, 0]]
 
 
 # ---- what queries read ----

@@ -105,6 +105,22 @@ extern "C" void slots_admit(const float* score, Index* gone, Index* lost, Index*
   }
 }
 
+// Rows of so many bytes (B, h, count, .), of `size` first and `more` second ones (B, h, ., .) at index (B, G, count), h = share G.
+extern "C" void slots_pick(const uint8_t* first, const uint8_t* second, const Index* index, uint8_t* into, Index heads, Index share,
+                           Index size, Index more, Index count, Index bytes) {
+#pragma omp parallel for if (heads * count * bytes > 1 << 17)
+  for (Index p = 0; p < heads; p++) {
+    const Index* own = index + p / share * count;
+    for (Index i = 0, run; i < count; i += run) {
+      const bool old = own[i] < size;
+      const Index most = std::min(count - i, old ? size - own[i] : size + more - own[i]);
+      for (run = 1; run < most && own[i + run] == own[i] + run; run++) continue;
+      const uint8_t* from = old ? first + (p * size + own[i]) * bytes : second + (p * more + own[i] - size) * bytes;
+      std::memcpy(into + (p * count + i) * bytes, from, run * bytes);
+    }
+  }
+}
+
 // n queries (B, G, R, n, D) on candidates k and v (B, G, C, .): query i sees those with gone (B, G, C) > i, of all after the first
 // `size` only those of arrivals up to i.
 extern "C" void slots_attend(const float* q, Index of_batch, Index of_head, Index of_token, const float* k, const float* v,

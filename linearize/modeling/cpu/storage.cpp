@@ -42,8 +42,7 @@ void divide(const float* x, float* codes, uint16_t* bounds) {
     std::memcpy(&bits, x + i, sizeof bits);
     first = std::min(first, ordered(bits)), last = std::max(last, ordered(bits));
   }
-  float least = as_float(ordered(first)), greatest = as_float(ordered(last));
-  if (least != least || greatest != greatest) least = greatest = NAN;
+  const float least = as_float(ordered(first)), greatest = as_float(ordered(last));
   bounds[0] = shorten(least), bounds[1] = shorten(greatest);
   const float low = widen(bounds[0]), step = (widen(bounds[1]) - low) / STEPS;
   const Vector by = all(step > 0 ? step : 1), none = Vector{}, full = all(STEPS);
