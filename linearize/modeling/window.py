@@ -155,10 +155,10 @@ def near_chunked(
     `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .), and
     where `after` (B,) is given, the attention that each key (B, G, lead + T) received from queries before that position.
     """
-    if after is None and score.softcap is None and takes_frozen(q, k, v) and not differentiable(sink_k, sink_v):
+    if score.softcap is None and takes_frozen(q, k, v) and not differentiable(sink_k, sink_v):
         sizes = (spec.sinks, spec.window, spec.window_kind != "sliding")
-        found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E)
-        return Part(found[0], found[1], found[2] * LN2), None
+        found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E, after)
+        return Part(found[0], found[1], found[2] * LN2), found[3]
     time, size = q.shape[3], min(chunk_size(spec), max(q.shape[3], 1))
     pad = -time % size
     if pad:

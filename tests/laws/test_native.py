@@ -110,8 +110,11 @@ def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
         )
         sink_k, sink_v = torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16)
         given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
-        found, expected = near_chunked(*given)[0], near_chunked(*map(wide, given))[0]
-        _same_part(found, expected, f"{time} tokens after {seen}")
+        for until in (None, torch.tensor(seen) + torch.tensor([time, time // 2])):
+            found, expected = near_chunked(*given, until), near_chunked(*map(wide, given), until)
+            _same_part(found[0], expected[0], f"{time} tokens after {seen}")
+            if found[1] is not None and expected[1] is not None:
+                assert_close(found[1], expected[1], EXACT[torch.float32], f"received, {time} tokens after {seen}")
     assert set(called) == {"window_attend"}
 
 

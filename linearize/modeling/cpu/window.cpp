@@ -1,10 +1,11 @@
 #include "window.h"
 
 // q (B, G, R, T, D) with steps of its own, k and v (B, G, lead + T, .), sinks (B, G, s, .), count (B) of tokens before; numerator
-// (B, G, R, T, V), denominator and top (B, G, R, T).
+// (B, G, R, T, V), denominator and top (B, G, R, T). Where `received` (B, G, lead + T) is not null, it is zero before and becomes the
+// largest share that each key gets of a query before position `until` (B) that is more than an eighth of the window away.
 extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Index of_token, const float* k, const float* v,
-                              const float* sink_k, const float* sink_v, const Index* count, float* numerator, float* denominator,
-                              float* top, Index batch, Index groups, Index repeats, Index time, Index lead, Index dim, Index width,
+                              const float* sink_k, const float* sink_v, const Index* count, const Index* until,
+                              float* received, float* numerator, float* denominator, float* top, Index batch, Index groups, Index repeats, Index time, Index lead, Index dim, Index width,
                               Index sinks, Index window, Index terraced, float scale) {
   const Window w{time, lead, dim, width, sinks, window, terraced, scale};
   const Rows queries{q, of_batch, of_head, of_token};
@@ -22,8 +23,9 @@ extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Ind
     for (Index u = 0; u < batch * groups * repeats * tiles; u++) {
       const Index p = u / tiles / repeats, head = p % groups * repeats + u / tiles % repeats, start = u % tiles * TILE;
       const Index b = p / groups, rows = std::min(TILE, time - start), row = (b * groups * repeats + head) * time + start;
+      const Received shares = received ? Received{received + p * length, until[b] - count[b]} : Received{};
       attend(w, keys[p], queries.at(b, head, start), of_token, count[b], start, rows, out.data(), denominator + row, top + row,
-             scratch);
+             scratch, shares);
       for (Index i = 0; i < rows; i++) std::memcpy(numerator + (row + i) * width, out.data() + i * wide, width * sizeof(float));
     }
   }
