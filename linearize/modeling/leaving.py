@@ -15,13 +15,13 @@ from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, stored
 from .native import takes_frozen
-from .native_slots import among_slots
+from .native_slots import among_slots, read_stored
 from .places import Place
 from .products import LN2, LOG2E
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
-from .storage import FOUR, Change, kept, opened, opened_tokens, pair, rounded
+from .storage import EIGHT, FOUR, Change, kept, opened, opened_tokens, pair, rounded
 from .window import Keys, Part, Scores, attend
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
@@ -214,11 +214,18 @@ class Leaving(Far):
         lost, out = self._out_of_all(admission, further)
         return opened_tokens(lost, dtype), out
 
+    def with_slots(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
+        """The near part of one query (B, G, R, 1, D) with the slots as they are stored, by a kernel."""
+        return near.join(_stored_part(q, state, "slot", score))
+
     def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
         """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
+        q = of_heads(q, *self._more)
+        if reads_stored(score, q, state):
+            return join_in_heads(near, _stored_part(q, state, "more", score), *self._more)
         tokens = held(state, q.dtype, "more")
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], (tokens["score"] > -torch.inf)[:, :, None, None])
-        return join_in_heads(near, attend(of_heads(q, *self._more).unsqueeze(3), group, score)[0], *self._more)
+        return join_in_heads(near, attend(q.unsqueeze(3), group, score)[0], *self._more)
 
     def _enter_block(
         self, tokens: Tokens, valid: Tensor, position: Tensor, far: Tensor, state: State, queries: Queries
@@ -248,6 +255,18 @@ class Leaving(Far):
 def by_kernel(score: Scores, *tensors: Tensor) -> bool:
     """Whether a kernel has queries read slots."""
     return score.softcap is None and takes_frozen(*tensors)
+
+
+def reads_stored(score: Scores, q: Tensor, state: State) -> bool:
+    """Whether a kernel has one token's queries read slots as they are stored."""
+    scores, k, v = (state.get(f"slot_{name}") for name in ("score", "k", "v"))
+    return k is not None and by_kernel(score, q, *(x for x in (scores, k, v) if x is not None and x.dtype not in (EIGHT, FOUR)))
+
+
+def _stored_part(q: Tensor, state: State, place: str, score: Scores) -> Part:
+    k, v, worth = (state[f"{place}_{name}"] for name in ("k", "v", "score"))
+    numerator, denominator, top = read_stored(q, k, v, worth, score.scale * LOG2E)
+    return Part(numerator, denominator, top * LN2)
 
 
 def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") -> Tokens:

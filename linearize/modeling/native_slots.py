@@ -9,7 +9,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .native import call, rows, takes
-from .spec import SCALE_BYTES, int4_width
+from .spec import SCALE_BYTES, channels_of_int4, int4_width
 
 
 def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,6 +49,17 @@ def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale:
     return numerator, denominator, top
 
 
+def read_stored(q: Tensor, k: Tensor, v: Tensor, score: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one token's queries q (B, G, R, 1, D) on slots (B, G, m, .) as they are stored, of scores (B, G, m)."""
+    (batch, groups, repeats, _, dim), size = q.shape, k.shape[2]
+    bits = {torch.uint8: 4, torch.int8: 8, torch.float32: 32}[k.dtype]
+    width = v.shape[3] - (SCALE_BYTES if bits == 8 else 0) if bits > 4 else channels_of_int4(v.shape[3])
+    numerator, denominator, top = q.new_empty(*q.shape[:-1], width), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
+    given = (x.contiguous() for x in (q, k, v, score))
+    call("slots_read", *given, numerator, denominator, top, batch * groups, repeats, size, dim, width, bits, scale)
+    return numerator, denominator, top
+
+
 # ---- how they are stored ----
 
 
@@ -72,8 +83,9 @@ def read_back(x: Tensor, four: bool) -> Tensor:
     return values
 
 
-def read(x: Tensor, channels: int, four: bool) -> Tensor:
-    """`storage.opened` of x (..., bytes): (..., D) for D `channels`."""
+def read(x: Tensor, four: bool) -> Tensor:
+    """`storage.opened` of x (..., bytes): (..., D)."""
+    channels = channels_of_int4(x.shape[-1]) if four else x.shape[-1] - SCALE_BYTES
     values = x.new_empty(*x.shape[:-1], channels, dtype=torch.float32)
     call("storage_open", x.contiguous(), values, values.numel() // channels, channels, int(four))
     return values

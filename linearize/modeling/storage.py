@@ -16,7 +16,7 @@ except ImportError as error:
 
 from .native import takes, takes_frozen
 from .native_slots import keep, read, read_back, reads
-from .spec import BLOCK, BOUNDS_BYTES, SCALE_BYTES
+from .spec import BLOCK, SCALE_BYTES, channels_of_int4
 
 LEVELS = 127
 STEPS = 15  # between the bounds of a block in int4
@@ -55,7 +55,7 @@ def opened(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype not in (EIGHT, FOUR):
         return x.to(dtype)
     if reads(x, dtype):
-        return read(x, 2 * _half(x) if x.dtype == FOUR else x.shape[-1] - SCALE_BYTES, x.dtype == FOUR)
+        return read(x, x.dtype == FOUR)
     if x.dtype == FOUR:
         return _unpacked(x, dtype)
     scale = x[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).to(dtype)
@@ -95,14 +95,8 @@ def _packed(x: Tensor) -> Tensor:
     return torch.cat([first | (second << 4), bounds.flatten(-2).contiguous().view(FOUR)], dim=-1)
 
 
-def _half(x: Tensor) -> int:
-    """Bytes of codes in int4's (..., D / 2 + 4 blocks)."""
-    whole, rest = divmod(x.shape[-1], BLOCK // 2 + BOUNDS_BYTES)
-    return (BLOCK // 2) * whole + max(rest - BOUNDS_BYTES, 0)
-
-
 def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
-    half = _half(x)
+    half = channels_of_int4(x.shape[-1]) // 2
     packed, bounds = x.split([half, x.shape[-1] - half], dim=-1)
     codes = torch.cat([packed & STEPS, packed >> 4], dim=-1).to(dtype)
     short = -2 * half % BLOCK

@@ -205,7 +205,8 @@ def near_step(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, score: Scores) ->
 
 def received_step(weights: Tensor, distance: Tensor, spec: MixerSpec) -> Tensor:
     """The same as `received` for one query: weights (B, G, R, L), distance (B, 1, 1, n) to the n keys of the ring: (B, G, n)."""
-    ring, _, sinks = weights.detach().split([spec.recent, spec.slots, spec.sinks], dim=-1)  # slots are a softmax of their own here
+    weights = weights.detach()  # of slots too, or not: they are a softmax of their own here
+    ring, sinks = weights[..., : spec.recent], weights[..., weights.shape[-1] - spec.sinks :]
     shares = ring / (ring.sum(-1, keepdim=True) + sinks.sum(-1, keepdim=True))
     got: Tensor = (shares * (distance > spec.window // 8)).amax(2)
     return got

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,14 +11,18 @@ import torch
 from torch import Tensor
 
 from linearize.modeling import native
-from linearize.modeling.native_slots import among_slots
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.native_slots import among_slots, read_stored
 from linearize.modeling.products import LN2, LOG2E
 from linearize.modeling.slots import Admission, Tokens, admit, picked
+from linearize.modeling.spec import Shape
 from linearize.modeling.storage import EIGHT, FOUR, kept, opened, rounded
 from linearize.modeling.window import Keys, Part, Scores, attend
-from linearize.testing.laws import EXACT, assert_close
+from linearize.testing import method_points, random_inputs, randomise
+from linearize.testing.laws import EXACT, assert_close, deviation, run
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 LENGTHS = (1, 2, 17, 128, 150)
 SIZES = (1, 5, 40, 300)
 
@@ -156,6 +161,65 @@ def _same_part(found: Part, expected: Part, what: str) -> None:
     assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
     mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
     assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, EIGHT, FOUR])
+@pytest.mark.parametrize("filled", [0.0, 0.6, 1.0])
+def test_reading_as_they_are_stored(filled: float, dtype: torch.dtype, called: list[str]) -> None:
+    """By one token; any slot may be empty."""
+    for size, (dim, width) in itertools.product(SIZES, ((16, 16), (64, 40))):
+        q, k, v = torch.randn(2, 2, 3, 1, dim), torch.randn(2, 2, size, dim), torch.randn(2, 2, size, width)
+        score = torch.randn(2, 2, size).where(torch.rand(2, 2, size) < filled, -torch.inf)
+        k, v = (kept(x, dtype) for x in (k, v))
+        found = read_stored(q, k, v, score, 0.3 * LOG2E)
+        wide_k, wide_v = (opened(x, torch.float64)[:, :, None] for x in (k, v))
+        group = Keys(wide_k, wide_v, (score > -torch.inf)[:, :, None, None])
+        expected = attend(q.double().unsqueeze(3), group, Scores(0.3))[0]
+        _same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{size} slots")
+    assert "slots_read" in called
+
+
+# ---- mixers ----
+
+SLOTS: dict[str, Any] = {"slots": 20, "window": 16, "sinks": 2, "slot_score": "learned"}
+
+
+@pytest.mark.parametrize("ablate", [None, "slots"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"more_slots": 30, "more_heads": (1,), "kv_dtype": "int8", "slot_dtype": "int4"},
+        {"kv_dtype": "int8"},
+        {"slot_score": "norm"},
+        {"window_kind": "terraced"},
+        {"slot_score": "recall"},
+        {"far_rope": False, "more_slots": 3, "more_heads": (0, 1)},
+    ],
+    ids=str,
+)
+def test_mixers_with_slots(changes: dict[str, Any], ablate: str | None, by_torch: Any, called: list[str]) -> None:
+    """In calls of many tokens and of one, with rows of different lengths, as PyTorch has them."""
+    default = next(point.spec for point in method_points() if point.id == "default")
+    torch.manual_seed(0)
+    mixer = randomise(Mixer(replace(default, **{**SLOTS, **changes}), SHAPE))
+    mixer.ablate = ablate
+    inputs = random_inputs(SHAPE, 150, dtype=torch.float32, softcap=None)
+
+    def through() -> Any:
+        with torch.no_grad():
+            return run(mixer, inputs, [70, 1, 1, 40, 1, 1, 35, 1])
+
+    (found, state), (expected, other) = by_torch(through)
+    assert deviation(found, expected) < 1e-4
+    for name in other:
+        if not state[name].is_floating_point():
+            assert torch.equal(state[name], other[name]), name
+            continue
+        there = other[name] > -torch.inf
+        assert torch.equal(there, state[name] > -torch.inf)
+        assert deviation(state[name][there], other[name][there]) < 1e-3, name
+    assert {"slots_admit", "slots_pick"} <= set(called)
+    assert ablate is not None or "slots_read" in called
 
 
 # ---- how they are stored ----

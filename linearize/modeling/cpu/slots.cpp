@@ -1,6 +1,7 @@
 // Exact slots: which of m slots' tokens and n arrivals stay, one arrival after another, and what queries read of them.
 #include <functional>
 
+#include "storage.h"
 #include "window.h"
 
 namespace {
@@ -86,6 +87,39 @@ struct Shown {
   }
 };
 
+// Slots of one kv head as they are stored; score (m) is -inf where one is empty.
+struct Stored {
+  const uint8_t *k, *v;
+  const float* score;
+  Index size, dim, width;
+};
+
+// What queries q (R, D), scaled, of one token read of them.
+template <class Form>
+void read_stored(const Stored& slots, const float* q, Index repeats, float* numerator, float* denominator, float* top,
+                 std::vector<float> (&held)[4]) {
+  const Index dim = slots.dim, across = up(slots.size), wide = up(slots.width);
+  float *weights = room(held[0], repeats * (across + wide)), *out = weights + repeats * across, *score = room(held[1], across);
+  float *keys = room(held[2], TILE * (2 * dim + wide)), *panels = keys + TILE * dim, *values = panels + TILE * dim;
+  std::fill_n(values, TILE * wide, 0.0f);
+  std::fill_n(out, repeats * wide, 0.0f);
+  std::copy_n(slots.score, slots.size, score);
+  std::fill(score + slots.size, score + across, -INFINITY);
+  for (Index from = 0; from < across; from += TILE) {
+    const Index count = std::min(TILE, slots.size - from);
+    for (Index i = 0; i < count; i++) Form::open(slots.k + (from + i) * Form::bytes(dim), dim, keys + i * dim, held[3]);
+    product({q, dim, 1}, transposed(keys, count, dim, dim, panels), repeats, TILE / LANES, dim, weights + from, across, false);
+  }
+  for (Index r = 0; r < repeats; r++)
+    soften(weights + r * across, across, [&](Index j) { return load(score + j) > all(-INFINITY); }, denominator + r, top + r);
+  for (Index from = 0; from < across; from += TILE) {
+    const Index count = std::min(TILE, slots.size - from), bytes = Form::bytes(slots.width);
+    for (Index i = 0; i < count; i++) Form::open(slots.v + (from + i) * bytes, slots.width, values + i * wide, held[3]);
+    product({weights + from, across, 1}, {values, wide, LANES}, repeats, wide / LANES, count, out, wide, true);
+  }
+  for (Index r = 0; r < repeats; r++) std::memcpy(numerator + r * slots.width, out + r * wide, slots.width * sizeof(float));
+}
+
 }  // namespace
 
 // score (B, G, m + n), -inf where no token is; gone (B, G, m + n), lost (B, G, n), after (B, G, m); out (B, n), which arrivals push
@@ -152,6 +186,27 @@ extern "C" void slots_attend(const float* q, Index of_batch, Index of_head, Inde
           product({scores, across, 1}, shown.values, rows, wide / LANES, shown.count, out, wide, false);
           for (Index i = 0; i < rows; i++) std::memcpy(numerator + (row + i) * width, out + i * wide, width * sizeof(float));
         }
+    }
+  }
+}
+
+// One token's queries (B, G, R, D) on slots (B, G, m, bytes) as they are stored, in 4, 8 or 32 bits a channel.
+extern "C" void slots_read(const float* q, const uint8_t* k, const uint8_t* v, const float* score, float* numerator,
+                           float* denominator, float* top, Index problems, Index repeats, Index size, Index dim, Index width,
+                           Index bits, float scale) {
+  const auto read = bits == 4 ? read_stored<storage::Four> : bits == 8 ? read_stored<storage::Eight> : read_stored<storage::Plain>;
+  const auto bytes = bits == 4 ? storage::Four::bytes : bits == 8 ? storage::Eight::bytes : storage::Plain::bytes;
+#pragma omp parallel
+  {
+    std::vector<float> held[4], scaled(repeats * dim);
+#pragma omp for
+    for (Index p = 0; p < problems; p++) {
+      for (Index i = 0; i < repeats * dim; i++) scaled[i] = q[p * repeats * dim + i] * scale;
+      Index filled = size;
+      while (filled > 0 && !(score[p * size + filled - 1] > -INFINITY)) filled--;
+      const Stored slots{k + p * size * bytes(dim), v + p * size * bytes(width), score + p * size, filled, dim, width};
+      const Index row = p * repeats;
+      read(slots, scaled.data(), repeats, numerator + row * width, denominator + row, top + row, held);
     }
   }
 }

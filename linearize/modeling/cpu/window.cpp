@@ -1,12 +1,13 @@
 #include "window.h"
 
 // q (B, G, R, T, D) with steps of its own, k and v (B, G, lead + T, .), sinks (B, G, s, .), count (B) of tokens before; numerator
-// (B, G, R, T, V), denominator and top (B, G, R, T). Where `received` (B, G, lead + T) is not null, it is zero before and becomes the
-// largest share that each key gets of a query before position `until` (B) that is more than an eighth of the window away.
+// (B, G, R, T, V), denominator and top (B, G, R, T). `received` (B, G, lead + T) may be null, or is zero and becomes the largest
+// share that each key gets of a query before position `until` (B) that is more than an eighth of the window away.
 extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Index of_token, const float* k, const float* v,
-                              const float* sink_k, const float* sink_v, const Index* count, const Index* until,
-                              float* received, float* numerator, float* denominator, float* top, Index batch, Index groups, Index repeats, Index time, Index lead, Index dim, Index width,
-                              Index sinks, Index window, Index terraced, float scale) {
+                              const float* sink_k, const float* sink_v, const Index* count, const Index* until, float* received,
+                              float* numerator, float* denominator, float* top, Index batch, Index groups, Index repeats,
+                              Index time, Index lead, Index dim, Index width, Index sinks, Index window, Index terraced,
+                              float scale) {
   const Window w{time, lead, dim, width, sinks, window, terraced, scale};
   const Rows queries{q, of_batch, of_head, of_token};
   const Index tiles = (time + TILE - 1) / TILE, length = w.length(), wide = up(width);
