@@ -15,13 +15,13 @@ from .frames import Frame
 from .heads import join_in_heads, of_heads, with_heads
 from .memory import FIELDS, State, stored
 from .native import takes_frozen
-from .native_ops import listed as native_listed
+from .native_slots import among_slots, read_stored
 from .places import Place
 from .products import LN2, LOG2E
 from .slot_scores import SlotScore, slot_score
 from .slots import Admission, Tokens, admit, recall_error
 from .spec import MixerSpec, Shape
-from .storage import FOUR, Change, kept, opened, opened_tokens, pair, rounded
+from .storage import EIGHT, FOUR, Change, kept, opened, opened_tokens, pair, rounded
 from .window import Keys, Part, Scores, attend
 
 ARRIVALS = 128  # at once, where their scores do not depend on what happens to those before them
@@ -88,9 +88,11 @@ class Leaving(Far):
         self, queries: Queries, frame: Frame, tokens: Tokens, joined: Tokens, state: State, after: State, far: Tensor | None
     ) -> tuple[Part | None, Tensor | None]:
         """Some windows' length of arrivals after another: one, where a score reads the memory as it was at that boundary, and where
-        all queries of a block read what its arrivals leave."""
+        all queries of a block read what its arrivals leave; all at once, where a kernel has them read."""
         spec, dtype = self.spec, queries.near.dtype
         length = spec.window * (1 if spec.scores_recall or spec.block > 1 else max(1, ARRIVALS // spec.window))
+        if not spec.scores_recall and spec.block == 1 and by_kernel(queries.score, queries.near, tokens["k"], tokens["v"]):
+            length = len(frame)
         near = frame.queries(queries.near).split(length, dim=3)  # a slice's gradient is as large as the whole, for each
         features = None if queries.far is None else frame.queries(queries.far).split(length, dim=3)
         route = None if queries.route is None else frame.queries(queries.route[:, :, None])[:, :, 0].split(length, dim=2)
@@ -167,16 +169,17 @@ class Leaving(Far):
 
     def _slot_part(self, q: Tensor, admission: Admission, score: Scores) -> Part:
         """Queries (B, G, R, n, D) of the arrivals' times over the slots as they were then."""
-        member = admission.member
-        if self.spec.block > 1:
-            member = member[..., -1:, :].expand_as(member)  # blocks leave whole, before their queries
-        tokens = admission.candidates
-        given = (q, tokens["k"], tokens["v"])
-        if score.softcap is None and takes_frozen(*given):
-            numerator, denominator, top = native_listed(*given, member, score.scale * LOG2E)
+        tokens, new, whole = admission.candidates, q.shape[3], self.spec.block > 1  # blocks leave whole, before their queries
+        k, v = tokens["k"], tokens["v"]
+        if by_kernel(score, q, k, v):
+            gone = admission.gone.where(admission.gone == new, 0) if whole else admission.gone
+            shown = k.shape[2] - (0 if whole else new)
+            numerator, denominator, top = among_slots(q, k, v, gone, shown, score.scale * LOG2E)
             return Part(numerator, denominator, top * LN2)
-        group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], member[:, :, None])
-        return attend(q.unsqueeze(3), group, score)[0]
+        member = admission.member
+        if whole:
+            member = member[..., -1:, :].expand_as(member)
+        return attend(q.unsqueeze(3), Keys(k[:, :, None], v[:, :, None], member[:, :, None]), score)[0]
 
     # ---- one token ----
 
@@ -211,11 +214,18 @@ class Leaving(Far):
         lost, out = self._out_of_all(admission, further)
         return opened_tokens(lost, dtype), out
 
+    def with_slots(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
+        """The near part of one query (B, G, R, 1, D) with the slots as they are stored, by a kernel."""
+        return near.join(_stored_part(q, state, "slot", score))
+
     def with_more(self, near: Part, q: Tensor, state: State, score: Scores) -> Part:
         """The near part of one query (B, G, R, 1, D) with the further slots of the heads that have them."""
+        q = of_heads(q, *self._more)
+        if reads_stored(score, q, state):
+            return join_in_heads(near, _stored_part(q, state, "more", score), *self._more)
         tokens = held(state, q.dtype, "more")
         group = Keys(tokens["k"][:, :, None], tokens["v"][:, :, None], (tokens["score"] > -torch.inf)[:, :, None, None])
-        return join_in_heads(near, attend(of_heads(q, *self._more).unsqueeze(3), group, score)[0], *self._more)
+        return join_in_heads(near, attend(q.unsqueeze(3), group, score)[0], *self._more)
 
     def _enter_block(
         self, tokens: Tokens, valid: Tensor, position: Tensor, far: Tensor, state: State, queries: Queries
@@ -240,6 +250,23 @@ class Leaving(Far):
         tokens = {name: opened(gather(state[name], index), dtype) for name in FIELDS if name in state}
         found = self._recalled(tokens, (count - spec.recent)[:, None] + offsets, begins, far)
         return scores.scatter(2, index[:, None, :, None].expand_as(found), found.to(scores.dtype))
+
+
+def by_kernel(score: Scores, *tensors: Tensor) -> bool:
+    """Whether a kernel has queries read slots."""
+    return score.softcap is None and takes_frozen(*tensors)
+
+
+def reads_stored(score: Scores, q: Tensor, state: State) -> bool:
+    """Whether a kernel has one token's queries read slots as they are stored."""
+    scores, k, v = (state.get(f"slot_{name}") for name in ("score", "k", "v"))
+    return k is not None and by_kernel(score, q, *(x for x in (scores, k, v) if x is not None and x.dtype not in (EIGHT, FOUR)))
+
+
+def _stored_part(q: Tensor, state: State, place: str, score: Scores) -> Part:
+    k, v, worth = (state[f"{place}_{name}"] for name in ("k", "v", "score"))
+    numerator, denominator, top = read_stored(q, k, v, worth, score.scale * LOG2E)
+    return Part(numerator, denominator, top * LN2)
 
 
 def held(state: State, dtype: torch.dtype | None = None, place: str = "slot") -> Tokens:

@@ -16,7 +16,7 @@ except ImportError as error:
 from .far_mass import FarMass
 from .far_output import FarOutput
 from .gates import Projection
-from .leaving import Leaving, Queries
+from .leaving import Leaving, Queries, reads_stored
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
 from .native import differentiable, takes, takes_frozen
@@ -229,12 +229,7 @@ class Mixer(Leaving):
             new["k"], new["v"] = pair(kept, new["k"], new["v"], state["k"].dtype)
             for name, x in new.items():
                 after[name] = place.put(after[name], x)
-            hidden = place.hidden
-            if spec.slots:
-                empty = after["slot_score"] == (after["slot_score"] if self.ablate == "slots" else -torch.inf)
-                hidden = hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
-            k, v = exact(spec, after, s.q.dtype)
-            near, weights = near_step(queries.near, k, v, hidden, score)
+            near, weights = self._near_step(queries.near, after, score, place)
             if spec.more_slots and self.ablate != "slots":
                 near = self.with_more(near, queries.near, after, score)
             if spec.scores_attention:
@@ -245,6 +240,16 @@ class Mixer(Leaving):
             read, far = self.read(queries.far, entries, state["far"].to(s.q.dtype), queries.route, one=True)
             after["far"] = stored(far, state["far"].dtype, place.after)
         return self._halves(near, read, s, score), after
+
+    def _near_step(self, q: Tensor, after: State, score: Scores, place: Place) -> tuple[Part, Tensor]:
+        """Of one query (B, G, R, 1, D) over ring, sinks and slots: the part, and the weights of those that are not apart."""
+        spec = self.spec
+        if not spec.slots or reads_stored(score, q, after):
+            near, weights = near_step(q, *pair(opened, after["k"], after["v"], q.dtype), place.unseen, score)
+            return near if not spec.slots or self.ablate == "slots" else self.with_slots(near, q, after, score), weights
+        empty = after["slot_score"] == (after["slot_score"] if self.ablate == "slots" else -torch.inf)
+        hidden = place.hidden | torch.nn.functional.pad(empty[:, :, None], (spec.recent, spec.sinks))
+        return near_step(q, *exact(spec, after, q.dtype), hidden, score)
 
     # ---- many tokens ----
 

@@ -26,35 +26,30 @@ SHARES = 4  # in which the gradient of a map is summed, whatever the number of t
 
 def window(
     q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int, sizes: tuple[int, int, bool],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`near_chunked` without gradients: numerator, denominator and maximum of base 2. `sizes` are sinks, window, terraced."""
+    scale: float, until: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`near_chunked` without gradients: numerator, denominator and maximum of base 2; of queries before `until` what keys received.
+
+    `sizes` are sinks, window, terraced.
+    """
     (batch, groups, repeats, time, dim), width, (sinks, size, terraced) = q.shape, v.shape[-1], sizes
     numerator, denominator, top = q.new_empty(*q.shape[:-1], width), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
+    received = None if until is None else q.new_zeros(k.shape[:3])
     q = rows(q).flatten(1, 2)
     k, v, sink_k, sink_v, count = (x.contiguous() for x in (k, v, sink_k, sink_v, count.expand(batch)))
+    until = None if until is None else until.expand(batch).contiguous()
     call(
-        "window_attend", q, *q.stride()[:3], k, v, sink_k, sink_v, count, numerator, denominator, top,
+        "window_attend", q, *q.stride()[:3], k, v, sink_k, sink_v, count, until, received, numerator, denominator, top,
         batch, groups, repeats, time, lead, dim, width, sinks, size, int(terraced), scale,
     )  # fmt: skip
-    return numerator, denominator, top
-
-
-def listed(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of q (B, G, R, n, D) on k and v (B, G, L, .), of which each query sees those that `seen` (B, G, n, L) marks."""
-    numerator, denominator, top = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
-    q = rows(q).flatten(1, 2)
-    k, v, seen = k.contiguous(), v.contiguous(), seen.expand(*k.shape[:2], -1, -1).contiguous()
-    sizes = (*numerator.shape[:4], *k.shape[2:], v.shape[-1])
-    call("listed_attend", q, *q.stride()[:3], k, v, seen, numerator, denominator, top, *sizes, scale)
-    return numerator, denominator, top
+    return numerator, denominator, top, received
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding: int | None) -> Tensor:
     """Causal softmax attention (B, H, T, V) of q (B, H, T, D) on k and v (B, G, T, .): a window as long as the text."""
     count, none = torch.zeros(1, dtype=torch.long), k[:, :, :0]
     sizes = (0, min(sliding or q.shape[2], q.shape[2]), False)
-    numerator, denominator, _ = window(q.unflatten(1, (k.shape[1], -1)), k, v, none, none, count, 0, sizes, scale)
+    numerator, denominator, *_ = window(q.unflatten(1, (k.shape[1], -1)), k, v, none, none, count, 0, sizes, scale)
     return numerator.div_(denominator[..., None]).flatten(1, 2)
 
 

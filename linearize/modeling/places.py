@@ -16,8 +16,9 @@ class Place:
     """For a token after `count` (B,) others, over the exact places, [ring | slots | sinks]:
 
     position (B, 1); `fresh` (B, 1, L, 1) the places of the buffers that the token itself takes; `hidden` (B, 1, 1, L) those
-    that its query does not see, slots apart; `distance` (B, 1, 1, R) back to the keys of the ring. Of the tokens that leave the
-    window at this moment: their `leaving` places in the ring and `old` positions (B, block), and which of them are `valid`.
+    that its query does not see, slots apart, and `unseen` the same of ring and sinks alone; `distance` (B, 1, 1, R) back to the
+    keys of the ring. Of the tokens that leave the window at this moment: their `leaving` places in the ring and `old` positions
+    (B, block), and which of them are `valid`.
     """
 
     def __init__(self, spec: MixerSpec, count: Tensor) -> None:
@@ -34,8 +35,10 @@ class Place:
             self.valid = self.valid & (self.position % spec.block == 0)
         self.fresh = torch.cat([self.leaving[:, :1] == ring, self.position == sinks], dim=1)[:, None, :, None]
         key = ring_positions(self.after, spec.recent)
-        unseen = torch.cat([~visible(spec, self.position, key), slots, self.position < sinks], dim=1)
-        self.hidden, self.distance = unseen[:, None, None], (self.position - key)[:, None, None]
+        behind, later = ~visible(spec, self.position, key), self.position < sinks
+        self.unseen = torch.cat([behind, later], dim=1)[:, None, None]
+        self.hidden = torch.cat([behind, slots, later], dim=1)[:, None, None] if spec.slots else self.unseen
+        self.distance = (self.position - key)[:, None, None]
 
     def put(self, buffer: Tensor, new: Tensor) -> Tensor:
         """A buffer (B, h, L or fewer, D) with the new token (B, h, 1, D), as it is stored, in its places."""

@@ -8,6 +8,7 @@ empty slot has score -inf, whatever else is in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 try:
     import torch
@@ -15,27 +16,45 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import differentiable, takes
+from .native_slots import admission
+from .native_slots import pick as native_pick
+
 Tokens = dict[str, Tensor]  # k, v and what else a token carries, each (B, kv heads or memories, n, .); score (B, G, n)
 EMPTY = -torch.inf
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What became of n arrivals: candidates (m slots, then the arrivals) and which of them each arrival leaves in a slot.
+    """What became of n arrivals, which compete with m slots' tokens: of these candidates, slots first, when each of them goes.
 
-    member (B, G, n, m + n); slots after all arrivals; `lost` (B, G, n) indexes the candidate that arrival i pushed out, where
-    `out` (B, n) says that there was one.
+    gone (B, G, m + n), the arrival that pushes a candidate out: n where none does, 0 where no token is; slots after all arrivals;
+    `lost` (B, G, n) indexes the candidate that arrival i pushed out, where `out` (B, n) says that there was one.
     """
 
-    candidates: Tokens
-    member: Tensor
+    before: Tokens
+    arrivals: Tokens
+    gone: Tensor
     slots: Tokens
     lost: Tensor
     out: Tensor
 
+    @cached_property
+    def candidates(self) -> Tokens:
+        return {name: torch.cat([self.before[name], x], dim=2) for name, x in self.arrivals.items()}
+
+    @property
+    def member(self) -> Tensor:
+        """Which candidates each arrival leaves in a slot: (B, G, n, m + n)."""
+        new = self.lost.shape[2]
+        size, arrival = self.gone.shape[2] - new, torch.arange(new, device=self.gone.device)
+        member = arrival[:, None] < self.gone[..., None, :]
+        member[..., size:] &= arrival[:, None] >= arrival
+        return member
+
     def losers(self) -> Tokens:
         """Tokens pushed out, in the order of the arrivals: (B, ., n, .)."""
-        return picked(self.candidates, self.lost)
+        return picked(self.before, self.arrivals, self.lost)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
@@ -47,33 +66,41 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def picked(tokens: Tokens, index: Tensor) -> Tokens:
-    return {name: pick(x, index) for name, x in tokens.items()}
+def picked(slots: Tokens, arrivals: Tokens, index: Tensor) -> Tokens:
+    """What tokens carry, of slots and arrivals as one, at index (B, G, n)."""
+    kernel, found = takes(slots["score"], arrivals["score"]), {}
+    for name, x in arrivals.items():
+        if kernel and not differentiable(slots[name], x):
+            found[name] = native_pick(slots[name], x, index)
+        else:
+            found[name] = pick(torch.cat([slots[name], x], dim=2), index)
+    return found
 
 
 def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     """Let arrivals compete for the slots, one after another; those that are not `valid` (B, n) are passed over."""
-    size, new = slots["score"].shape[2], arrivals["score"].shape[2]
-    device = valid.device
-    everything = {name: torch.cat([slots[name].to(x.dtype), x], dim=2) for name, x in arrivals.items()}
-    score = everything["score"].masked_fill(torch.nn.functional.pad(~valid, (size, 0), value=False)[:, None], EMPTY)
-    everything["score"] = score
+    size, new, device = slots["score"].shape[2], arrivals["score"].shape[2], valid.device
+    slots = {name: slots[name].to(x.dtype) for name, x in arrivals.items()}
+    arrivals = {**arrivals, "score": arrivals["score"].masked_fill(~valid[:, None], EMPTY)}
+    score = torch.cat([slots["score"], arrivals["score"]], dim=2)
+    if takes(score):
+        gone, lost, after, out = admission(score, size)
+        return Admission(slots, arrivals, gone, picked(slots, arrivals, after), lost, out)
     there = score > EMPTY
     age = torch.arange(size + new, device=device)
     if new == 1:  # the youngest of those with the lowest score is left out; an empty place has the lowest of all
         lost = size - score.flip(-1).argmin(-1, keepdim=True)  # the first of the flipped ones
-        member = (there & (age != lost))[..., None, :]
-        return Admission(everything, member, picked(everything, _moved_up(there, lost)), lost, there.gather(2, lost)[:, 0])
-    gone, pushing = _gone(score, there, size), torch.arange(new, device=device)
-    member = pushing[:, None] < gone[..., None, :]
-    member[..., size:] &= pushing[:, None] >= pushing
+        gone = (there & (age != lost)).long()
+        after = _moved_up(there, lost)
+        return Admission(slots, arrivals, gone, picked(slots, arrivals, after), lost, there.gather(2, lost)[:, 0])
+    gone = _gone(score, there, size)
     # whom arrival i pushes out stands at place i, those that none does behind
     when = torch.where(there, gone, new)
     lost = torch.zeros_like(when[..., : new + 1]).scatter_(2, when, age.expand_as(when))[..., :new]
     out = torch.zeros_like(there[:, 0, : new + 1]).scatter_(1, when[:, 0], True)[:, :new]  # every kv head has seen as many tokens
     # those that stay in the order in which they came, then empty ones: where one is empty, all tokens stay
     after = (gone < new).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
-    return Admission(everything, member, picked(everything, after), lost, out)
+    return Admission(slots, arrivals, gone, picked(slots, arrivals, after), lost, out)
 
 
 def _gone(score: Tensor, there: Tensor, size: int) -> Tensor:

@@ -273,3 +273,9 @@ def is_causal(plan: Mapping[str, Any]) -> bool:
 def int4_width(channels: int) -> int:
     """Bytes of a vector in int4: two channels a byte, and the bounds of its blocks."""
     return channels // 2 + -(-channels // BLOCK) * BOUNDS_BYTES
+
+
+def channels_of_int4(width: int) -> int:
+    """The same, back."""
+    whole, rest = divmod(width, BLOCK // 2 + BOUNDS_BYTES)
+    return BLOCK * whole + 2 * max(rest - BOUNDS_BYTES, 0)

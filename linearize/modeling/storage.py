@@ -14,7 +14,9 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .spec import BLOCK, BOUNDS_BYTES, SCALE_BYTES
+from .native import takes, takes_frozen
+from .native_slots import keep, read, read_back, reads
+from .spec import BLOCK, SCALE_BYTES, channels_of_int4
 
 LEVELS = 127
 STEPS = 15  # between the bounds of a block in int4
@@ -28,16 +30,20 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     int8: s round(x / s), s = max |x| / 127 in bf16. int4, in blocks of 32 channels: lo + c (hi - lo) / 15, c = 0 .. 15 the
     nearest, lo and hi the least and the greatest x in bf16 (as Q4_1 of GGUF).
     """
+    if takes_frozen(x):
+        return read_back(x, dtype == FOUR)
     return opened(kept(x, dtype), x.dtype) + (x - x.detach())
 
 
 def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., D) as a state of that dtype keeps it: int8 codes and their scale (..., D + 2), int4's packed, or cast."""
-    if dtype == FOUR:
-        return _packed(x.detach())
-    if dtype != EIGHT:
+    if dtype not in (EIGHT, FOUR):
         return x.to(dtype)
     x = x.detach()
+    if takes(x):
+        return keep(x, dtype == FOUR)
+    if dtype == FOUR:
+        return _packed(x)
     scale = (x.abs().amax(-1, keepdim=True) / LEVELS).to(torch.bfloat16)
     wide = scale.to(x.dtype)
     codes = (x / torch.where(wide > 0, wide, 1.0)).round().clamp(-LEVELS, LEVELS)
@@ -46,10 +52,12 @@ def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def opened(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a state keeps, in the dtype of the computation: (..., D)."""
+    if x.dtype not in (EIGHT, FOUR):
+        return x.to(dtype)
+    if reads(x, dtype):
+        return read(x, x.dtype == FOUR)
     if x.dtype == FOUR:
         return _unpacked(x, dtype)
-    if x.dtype != EIGHT:
-        return x.to(dtype)
     scale = x[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).to(dtype)
     return x[..., :-SCALE_BYTES].to(dtype) * scale
 
@@ -88,8 +96,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
-    whole, rest = divmod(x.shape[-1], BLOCK // 2 + BOUNDS_BYTES)
-    half = (BLOCK // 2) * whole + max(rest - BOUNDS_BYTES, 0)
+    half = channels_of_int4(x.shape[-1]) // 2
     packed, bounds = x.split([half, x.shape[-1] - half], dim=-1)
     codes = torch.cat([packed & STEPS, packed >> 4], dim=-1).to(dtype)
     short = -2 * half % BLOCK

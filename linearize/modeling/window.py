@@ -155,10 +155,10 @@ def near_chunked(
     `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .), and
     where `after` (B,) is given, the attention that each key (B, G, lead + T) received from queries before that position.
     """
-    if after is None and score.softcap is None and takes_frozen(q, k, v) and not differentiable(sink_k, sink_v):
+    if score.softcap is None and takes_frozen(q, k, v) and not differentiable(sink_k, sink_v):
         sizes = (spec.sinks, spec.window, spec.window_kind != "sliding")
-        found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E)
-        return Part(found[0], found[1], found[2] * LN2), None
+        found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E, after)
+        return Part(found[0], found[1], found[2] * LN2), found[3]
     time, size = q.shape[3], min(chunk_size(spec), max(q.shape[3], 1))
     pad = -time % size
     if pad:
@@ -205,7 +205,8 @@ def near_step(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, score: Scores) ->
 
 def received_step(weights: Tensor, distance: Tensor, spec: MixerSpec) -> Tensor:
     """The same as `received` for one query: weights (B, G, R, L), distance (B, 1, 1, n) to the n keys of the ring: (B, G, n)."""
-    ring, _, sinks = weights.detach().split([spec.recent, spec.slots, spec.sinks], dim=-1)  # slots are a softmax of their own here
+    weights = weights.detach()  # of slots too, or not: they are a softmax of their own here
+    ring, sinks = weights[..., : spec.recent], weights[..., weights.shape[-1] - spec.sinks :]
     shares = ring / (ring.sum(-1, keepdim=True) + sinks.sum(-1, keepdim=True))
     got: Tensor = (shares * (distance > spec.window // 8)).amax(2)
     return got

@@ -21,9 +21,8 @@ from linearize.modeling.convolution import convolved
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.native_decayed import decayed
-from linearize.modeling.products import LN2, LOG2E
 from linearize.modeling.spec import MixerSpec, Shape
-from linearize.modeling.window import Keys, Part, Scores, attend, near_chunked
+from linearize.modeling.window import Part, Scores, near_chunked
 from linearize.testing import method_points, random_inputs, randomise
 from linearize.testing.laws import BY_HEAD, EXACT, assert_close, deviation, run
 
@@ -161,8 +160,11 @@ def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
         )
         sink_k, sink_v = torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16)
         given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
-        found, expected = near_chunked(*given)[0], near_chunked(*map(wide, given))[0]
-        _same_part(found, expected, f"{time} tokens after {seen}")
+        for until in (None, torch.tensor(seen) + torch.tensor([time, time // 2])):
+            found, expected = near_chunked(*given, until), near_chunked(*map(wide, given), until)
+            _same_part(found[0], expected[0], f"{time} tokens after {seen}")
+            if found[1] is not None and expected[1] is not None:
+                assert_close(found[1], expected[1], EXACT[torch.float32], f"received, {time} tokens after {seen}")
     assert set(called) == {"window_attend"}
 
 
@@ -172,19 +174,6 @@ def _same_part(found: Part, expected: Part, what: str) -> None:
     assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
     mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
     assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
-
-
-@needs_kernels
-@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
-def test_listed_keys(share: float, called: list[str]) -> None:
-    for time, keys in itertools.product((1, 17, 64), LENGTHS):
-        q = torch.randn(2, time, 4, 16).transpose(1, 2).unflatten(1, (2, 2))
-        k, v = torch.randn(2, 2, keys, 16), torch.randn(2, 2, keys, 20)
-        seen = torch.rand(2, 2, time, keys) < share
-        found = native_ops.listed(q, k, v, seen, 0.3 * LOG2E)
-        expected = attend(wide(q).unsqueeze(3), Keys(wide(k)[:, :, None], wide(v)[:, :, None], seen[:, :, None]), Scores(0.3))[0]
-        _same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{time} queries on {keys} keys")
-    assert set(called) == {"listed_attend"}
 
 
 @needs_kernels

@@ -53,13 +53,19 @@ inline void soften(float* s, Index width, const Seen& seen, float* denominator, 
   *denominator = sum(total);
 }
 
+// The largest share of a query's attention that each key gets, at least what it got; `real` queries count.
+struct Received {
+  float* most = nullptr;
+  Index real = 0;
+};
+
 // What queries from `start` on, of rows of `step` floats, get: out (rows, up(width)), denominator and top of base 2 (rows).
 inline void attend(const Window& w, const Packed& own, const float* queries, Index step, Index seen, Index start, Index rows,
-                   float* out, float* denominator, float* top, std::vector<float>& scratch) {
+                   float* out, float* denominator, float* top, std::vector<float>& scratch, Received received = {}) {
   const Index last = w.lead + start + rows - 1, from = w.first(seen, start) / WIDTH * WIDTH, length = last + 1 - from;
   const Index sink_width = up(w.sinks), width = sink_width + up(length), wide = up(w.width), shift = sink_width - from;
-  if (Index(scratch.size()) < TILE * (w.dim + width)) scratch.resize(TILE * (w.dim + width));
-  float *q = scratch.data(), *s = q + TILE * w.dim;
+  float *q = room(scratch, TILE * (w.dim + width) + up(length)), *s = q + TILE * w.dim, *shares = s + TILE * width;
+  std::fill_n(shares, received.most ? length : 0, 0.0f);
   for (Index i = 0; i < rows; i++)
     for (Index d = 0; d < w.dim; d++) q[i * w.dim + d] = queries[i * step + d] * w.scale;
   product({q, w.dim, 1}, own.sink_keys, rows, sink_width / LANES, w.dim, s, width, false);
@@ -74,6 +80,12 @@ inline void attend(const Window& w, const Packed& own, const float* queries, Ind
       return j < sink_width ? at < shown : (at >= least) & (at <= most);
     };
     soften(s + i * width, width, visible, denominator + i, top + i);
+    const Index far = received.most && start + i < received.real ? w.lead + start + i - from - w.size / 8 : 0;  // keys far enough
+    for (Index j = 0; j < far; j++) shares[j] = std::max(shares[j], s[i * width + sink_width + j] / denominator[i]);
+  }
+  if (received.most) {
+#pragma omp critical(received)
+    for (Index j = 0; j < length; j++) received.most[from + j] = std::max(received.most[from + j], shares[j]);
   }
   product({s, width, 1}, {own.sink_values, wide, LANES}, rows, wide / LANES, w.sinks, out, wide, false);
   product({s + sink_width, width, 1}, {own.values + from * wide, wide, LANES}, rows, wide / LANES, length, out, wide, true);
