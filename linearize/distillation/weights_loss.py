@@ -71,7 +71,8 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_k = ctx.saved_tensors
-        return grad * grad_q, grad * grad_k, None, None, None, None, None, None
+        # in place: fresh memory costs more than the product, and whoever came here twice would be told
+        return grad_q.mul_(grad), grad_k.mul_(grad), None, None, None, None, None, None
 
 
 def _block(

@@ -132,14 +132,14 @@ def cross_entropy(
     A softmax of q (B, H, T, D) on k (B, G, T, D), s of phi_q (B, M, R, T, K) on phi_k (B, M, T, K); each query sees the keys from
     `first` (B, T), which does not fall, to its own; `scale` is that of scores of base 2. K is a multiple of WIDTH.
     """
-    phi_q, phi_k, q, k = (x.contiguous() for x in (phi_q, phi_k, q, k))
+    phi_q, phi_k, q, k = phi_q.contiguous(), phi_k.contiguous(), rows(q), rows(k)
     batch, memories, readers, time, keys = phi_q.shape
     shares = -(-UNITS // (batch * memories))
     losses = torch.empty(batch, memories, shares, dtype=torch.float64)
     of_q = (torch.zeros_like if own.stop - own.start < time else torch.empty_like)(phi_q) if wanted else None
     of_k = phi_k.new_empty(batch, memories, shares, time, keys) if wanted else None
     sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
-    call("weights_loss", phi_q, phi_k, q, k, first.contiguous(), losses, of_q, of_k, *sizes, scale)
+    call("weights_loss", phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous(), losses, of_q, of_k, *sizes, scale)
     return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k.sum(2)
 
 

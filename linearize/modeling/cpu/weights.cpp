@@ -6,10 +6,11 @@ namespace {
 constexpr Index BLOCK = 32;       // queries at once
 constexpr float LEAST = 1e-12f;  // of a weight and of a sum of weights
 
-// phi_q (B, M, R, T, K), phi_k (B, M, T, K), K a multiple of WIDTH; q (B, M R, T, D), k (B, G, T, D); first (B, T): the first key
-// that each query sees, which its own is the last of.
+// phi_q (B, M, R, T, K), phi_k (B, M, T, K), K a multiple of WIDTH; q (B, M R, T, D) and k (B, G, T, D) with steps of their own;
+// first (B, T): the first key that each query sees, which its own is the last of.
 struct Call {
-  const float *phi_q, *phi_k, *q, *k;
+  const float *phi_q, *phi_k;
+  Rows q, k;
   const int64_t* first;
   Index batch, memories, readers, groups, time, keys, dim, begin, end, shares;
   float scale;  // of scores of base 2
@@ -53,7 +54,9 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
   const Index width = up(last - from), stride = width | WIDTH;  // an odd number of lines, which spread over a cache
   const Index at = ((b * c.memories + m) * c.readers + r) * c.time + start;
   float *teacher = room(s.teacher, BLOCK * stride), *student = room(s.student, BLOCK * stride), *q = room(s.q, BLOCK * c.dim);
-  for (Index i = 0; i < rows * c.dim; i++) q[i] = c.q[at * c.dim + i] * c.scale;
+  const float* queries = c.q.at(b, m * c.readers + r, start);
+  for (Index i = 0; i < rows; i++)
+    for (Index d = 0; d < c.dim; d++) q[i * c.dim + d] = queries[i * c.q.of_token + d] * c.scale;
   product({q, c.dim, 1}, own.teacher.from(from / LANES), rows, width / LANES, c.dim, teacher, stride, false);
   const Left features{c.phi_q + at * c.keys, c.keys, 1};
   product(features, own.student.from(from / LANES), rows, width / LANES, c.keys, student, stride, false);
@@ -71,10 +74,12 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
 
 // The sum over queries from `begin` to `end` of each share of each memory, losses (B, M, S); grad_q (B, M, R, T, K) and shares of
 // grad_k (B, M, S, T, K), both null or neither.
-extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, const float* k, const int64_t* first,
+extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, Index q_batch, Index q_head,
+                             Index q_token, const float* k, Index k_batch, Index k_head, Index k_token, const int64_t* first,
                              double* losses, float* grad_q, float* grad_k, Index batch, Index memories, Index readers, Index groups,
                              Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale) {
-  const Call c{phi_q, phi_k, q, k, first, batch, memories, readers, groups, time, keys, dim, begin, end, shares, scale};
+  const Rows queries{q, q_batch, q_head, q_token}, others{k, k_batch, k_head, k_token};
+  const Call c{phi_q, phi_k, queries, others, first, batch, memories, readers, groups, time, keys, dim, begin, end, shares, scale};
 #pragma omp parallel
   {
     Scratch s;
@@ -82,7 +87,7 @@ extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float
     for (Index u = 0; u < batch * memories * shares; u++) {
       const Index p = u / shares, b = p / memories, m = p % memories, g = m * groups / memories;
       float *packed = room(s.packed, up(end) * dim), *features = room(s.features, up(end) * keys);
-      const Keys own{transposed(k + (b * groups + g) * time * dim, end, dim, dim, packed),
+      const Keys own{transposed(c.k.at(b, g, 0), end, dim, k_token, packed),
                      transposed(phi_k + p * time * keys, end, keys, keys, features),
                      panelled(phi_k + p * time * keys, end, keys, room(s.rows, end * keys))};
       float* into = grad_k ? grad_k + u * time * keys : nullptr;
