@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -17,6 +18,7 @@ INK = "#010203"  # stands for the page's text colour, in light and in dark
 SIZE = (4.6, 3.1)  # inches: readable on a telephone, two or three side by side on a desk
 COLOURS = ("#2f7ed8", "#e0703a", "#a95fc9", "#c29a1b", "#2fa36b", "#d6496d", "#4bb3c4", "#8c6d4f")
 TEACHER = "#8a8f98"
+ACROSS = 60  # letters of a title that fit across a plot
 FAR_OFF = 1.5  # times the first line's perplexity: such a line would flatten all others
 
 
@@ -139,7 +141,7 @@ def positions(title: str, curves: Mapping[str, Sequence[Sequence[float]]], over:
     }
     if not lines:
         return ""
-    note = f"\nnot drawn, far worse: {', '.join(far)}" if far else ""
+    note = "\n" + textwrap.fill(f"not drawn, far worse: {'; '.join(far)}", ACROSS) if far else ""
     unit = f"perplexity over {over}'s" if over else "perplexity"
     with figure(title + note, "position in the document", unit, name=title) as made:
         made.lines(lines)

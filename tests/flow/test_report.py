@@ -126,6 +126,14 @@ def test_a_model_that_is_far_off_flattens_no_other(monkeypatch: pytest.MonkeyPat
     assert "not drawn, far worse: student, window off" in svg
 
 
+def test_names_of_many_that_are_far_off_stay_inside_the_plot() -> None:
+    worse = {f"student, without part {i} of it": [(256, 9.0), (512, 9.0)] for i in range(5)}
+    svg = plots.positions("By position", {**CURVES, **worse})
+    said = [line.strip() for line in re.findall(r">([^<>]+)</t", svg)]
+    assert max(map(len, said)) <= plots.ACROSS
+    assert all(name in " ".join(said) for name in worse)
+
+
 def test_a_large_figure_has_no_decimals() -> None:
     assert (number(12.3456, 2), number(-12345.6, 2), number(None, 2)) == ("12.35", "-12346", "-")
     assert spread((0.5, 4321.09)) == " [0.500, 4321]"
