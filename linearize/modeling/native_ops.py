@@ -139,7 +139,7 @@ def cross_entropy(
     of_q = (torch.zeros_like if own.stop - own.start < time else torch.empty_like)(phi_q) if wanted else None
     of_k = phi_k.new_empty(batch, memories, shares, time, keys) if wanted else None
     sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
-    given = (phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous())
+    given: tuple[Tensor | int, ...] = (phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous())
     call("weights_loss", *given, losses, of_q, of_k, *sizes, scale)
     return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k.sum(2)
 
