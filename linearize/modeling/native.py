@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 try:
@@ -36,12 +37,20 @@ def asked() -> str:
     return found
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The kernels, built where they are not yet; None where they cannot be."""
+    found = attempt()
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
+@cache
+def attempt() -> ctypes.CDLL | Exception:
+    """The same, or why they cannot be."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in FLAGS or not SOURCES.is_dir():
-        return None
+    if capability not in FLAGS:
+        return RuntimeError(f"no kernels for a processor with {capability}")
+    if not SOURCES.is_dir():
+        return FileNotFoundError(f"no sources in {SOURCES}")
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     name = f"kernels_{capability.lower()}_{hashlib.sha256(text).hexdigest()[:12]}"
     try:
@@ -51,8 +60,8 @@ def library() -> ctypes.CDLL | None:
 
             _build(load, name, FLAGS[capability], path)
         return ctypes.CDLL(str(path))
-    except (ImportError, OSError, RuntimeError):
-        return None
+    except (ImportError, OSError, RuntimeError) as error:
+        return error
 
 
 def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
@@ -73,7 +82,9 @@ def takes(*tensors: Tensor | None) -> bool:
         return False
     plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32 and x.numel() for x in given)
     if plain and library() is None and backend == "native":
-        raise ImportError("LINEARIZE_BACKEND=native needs a C++ compiler with OpenMP and ninja: linearize's extra 'cpu'")
+        why = attempt()
+        need = "LINEARIZE_BACKEND=native needs a C++ compiler with OpenMP and ninja, linearize's extra 'cpu'"
+        raise ImportError(f"{need}: {shorten(str(why), 100)}") from (why if isinstance(why, Exception) else None)
     return plain and library() is not None
 
 
