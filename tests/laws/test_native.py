@@ -350,7 +350,7 @@ def test_without_a_compiler_pytorch_computes_all(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LINEARIZE_BACKEND", "auto")
     assert not native.takes(torch.ones(1))
     monkeypatch.setenv("LINEARIZE_BACKEND", "native")
-    with pytest.raises(ImportError, match="compiler with OpenMP and ninja, .*: no such compiler and so .{,90}$"):
+    with pytest.raises(ImportError, match=r"compiler with OpenMP and ninja, .*: no such compiler and so .{,90}$"):
         native.takes(torch.ones(1))
 
 
