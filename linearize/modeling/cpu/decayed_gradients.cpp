@@ -34,6 +34,7 @@ struct Chunk {
   float *local, *read, *out, *of_scores, *spare;
 };
 
+// Gradients of what a step's queries read of its own keys, a key after another, from those of the scores; all are added.
 void own_part(const Chunk& c, const float* q, const float* k, const float* d, const float* of_scores, Index width, Index rows,
               float* grad_q, float* grad_k, float* grad_g) {
   const Index keys = c.e.keys;
