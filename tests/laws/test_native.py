@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from called_kernels import needs_kernels, recorded, same_part
 from forms import STRENGTHS, compare, evaluate
 from torch import Tensor
 
@@ -30,24 +31,12 @@ SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 POINTS = {point.id: point.spec for point in method_points()}
 DEFAULT = POINTS["default"]
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 150)
-needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
 
 
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are called."""
-    names: list[str] = []
-    library = native.library()
-
-    class Recorded:
-        def __getattr__(self, name: str) -> Any:
-            names.append(name)
-            return getattr(library, name)
-
-    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
-    for module in (native, native_ops):
-        monkeypatch.setattr(module, "library", lambda: None if library is None else Recorded())
-    return names
+    return recorded(monkeypatch)
 
 
 def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,18 +151,10 @@ def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
         given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
         for until in (None, torch.tensor(seen) + torch.tensor([time, time // 2])):
             found, expected = near_chunked(*given, until), near_chunked(*map(wide, given), until)
-            _same_part(found[0], expected[0], f"{time} tokens after {seen}")
+            same_part(found[0], expected[0], f"{time} tokens after {seen}")
             if found[1] is not None and expected[1] is not None:
                 assert_close(found[1], expected[1], EXACT[torch.float32], f"received, {time} tokens after {seen}")
     assert set(called) == {"window_attend"}
-
-
-def _same_part(found: Part, expected: Part, what: str) -> None:
-    assert torch.equal(found.denominator > 0, expected.denominator > 0), what
-    there = expected.denominator > 0
-    assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
-    mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
-    assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
 
 
 @needs_kernels

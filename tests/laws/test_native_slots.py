@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from called_kernels import needs_kernels, recorded, same_part
 from torch import Tensor
 
-from linearize.modeling import native
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.native_slots import among_slots, read_stored
 from linearize.modeling.products import LN2, LOG2E
@@ -19,9 +19,9 @@ from linearize.modeling.spec import Shape
 from linearize.modeling.storage import EIGHT, FOUR, kept, opened, rounded
 from linearize.modeling.window import Keys, Part, Scores, attend
 from linearize.testing import method_points, random_inputs, randomise
-from linearize.testing.laws import EXACT, assert_close, deviation, run
+from linearize.testing.laws import deviation, run
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+pytestmark = needs_kernels
 SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 LENGTHS = (1, 2, 17, 128, 150)
 SIZES = (1, 5, 40, 300)
@@ -30,16 +30,7 @@ SIZES = (1, 5, 40, 300)
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are called."""
-    names: list[str] = []
-    library = native.library()
-
-    class Recorded:
-        def __getattr__(self, name: str) -> Any:
-            names.append(name)
-            return getattr(library, name)
-
-    monkeypatch.setattr(native, "library", lambda: None if library is None else Recorded())
-    return names
+    return recorded(monkeypatch)
 
 
 @pytest.fixture
@@ -151,16 +142,8 @@ def test_reading(size: int, filled: float, called: list[str]) -> None:
         found = among_slots(q, k, v, admission.gone, size, 0.3 * LOG2E)
         group = Keys(k.double()[:, :, None], v.double()[:, :, None], admission.member[:, :, None])
         expected = attend(q.double().unsqueeze(3), group, Scores(0.3))[0]
-        _same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{time} queries")
+        same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{time} queries")
     assert "slots_attend" in called
-
-
-def _same_part(found: Part, expected: Part, what: str) -> None:
-    there = expected.denominator > 0
-    assert torch.equal(found.denominator > 0, there), what
-    assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
-    mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
-    assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, EIGHT, FOUR])
@@ -175,7 +158,7 @@ def test_reading_as_they_are_stored(filled: float, dtype: torch.dtype, called: l
         wide_k, wide_v = (opened(x, torch.float64)[:, :, None] for x in (k, v))
         group = Keys(wide_k, wide_v, (score > -torch.inf)[:, :, None, None])
         expected = attend(q.double().unsqueeze(3), group, Scores(0.3))[0]
-        _same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{size} slots")
+        same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{size} slots")
     assert "slots_read" in called
 
 

@@ -6,19 +6,20 @@ import itertools
 
 import pytest
 import torch
+from called_kernels import needs_kernels, recorded
 from torch import Tensor
 
 from linearize.distillation.weights_loss import cross_entropy
-from linearize.modeling import native
 from linearize.modeling.window import Scores
 from linearize.testing.laws import EXACT, assert_close
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
-def by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    return recorded(monkeypatch)
 
 
 def found(given: list[Tensor], segments: Tensor | None, own: slice, softcap: float | None = None) -> list[Tensor]:
@@ -57,19 +58,19 @@ def test_a_floor_has_no_gradient() -> None:
         assert_close(part, other, EXACT[torch.float32], "half of the weights are 0")
 
 
-def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_given_once() -> None:
+    """They are scaled where they are kept: a second time must be an error, not another result."""
+    phi_q, phi_k, q, k = streams(20, 2, 1, 16, 1.0)
+    loss = 3 * cross_entropy(phi_q.requires_grad_(), phi_k, q, k, Scores(0.3), None, True, slice(0, 20))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_who_computes(called: list[str]) -> None:
     """A teacher that caps its scores and features of a width that no kernel takes are PyTorch's."""
-    calls: list[str] = []
-    library = native.library()
-
-    class Recorded:
-        def __getattr__(self, name: str) -> object:
-            calls.append(name)
-            return getattr(library, name)
-
-    monkeypatch.setattr(native, "library", lambda: Recorded())
     found(streams(20, 2, 1, 16, 1.0), None, slice(0, 20))
-    assert calls == ["weights_loss"]
+    assert called == ["weights_loss"]
     found(streams(20, 2, 1, 16, 1.0), None, slice(0, 20), 5.0)
     found(streams(20, 2, 1, 12, 1.0), None, slice(0, 20))
-    assert calls == ["weights_loss"]
+    assert called == ["weights_loss"]

@@ -123,6 +123,13 @@ void begin(const Chunk& c, float* grad_v, Scratch& scratch) {
   product({c.later, keys, 1}, {last, wide, LANES}, c.tokens, wide / LANES, keys, grad_v, wide, false);
 }
 
+// What decays from each step before `frame` to where that one begins.
+void reaching(const Chunk& c, Index frame) {
+  const Index keys = c.e.keys;
+  if (frame > 0) std::fill_n(c.reach + (frame - 1) * keys, keys, 1.0f);
+  for (Index s = frame - 2; s >= 0; s--) scaled(c.reach + (s + 1) * keys, c.totals + (s + 1) * keys, 1, keys, c.reach + s * keys);
+}
+
 void differentiate(const Decayed& e, const Gradients& b, Index p, Index n, Scratch& scratch) {
   const Index tokens = e.tokens(n), keys = e.keys, steps = e.steps(n), width = up(tokens), first = p * e.time + e.start(n);
   auto space = [&](int i, Index size) { return room(scratch[i], size); };
@@ -134,16 +141,14 @@ void differentiate(const Decayed& e, const Gradients& b, Index p, Index n, Scrat
                 space(11, TILE * keys), space(12, TILE * keys), space(13, TILE * e.wide()), space(14, TILE * width), space(15, keys)};
   float* grad_v = b.v ? b.v + first * e.wide() : nullptr;
   begin(c, grad_v, scratch);
-  std::fill_n(c.reach, steps * keys, 1.0f);
+  reaching(c, steps);
   for (Index a = steps - 1; a >= 0; a--) {
     const Index start = a * TILE, rows = std::min(TILE, tokens - start);
     float *grad_k = b.k + (first + start) * keys, *grad_g = b.g + (first + start) * keys;
-    for (Index s = a - 1; s >= 0; s--) scaled(c.reach + (s + 1) * keys, c.totals + (s + 1) * keys, 1, keys, c.reach + s * keys);
     std::memcpy(c.through, c.asked, keys * sizeof(float));
     passing(c, a, rows, grad_k, grad_g);
     scaled(c.grad, c.totals + a * keys, start, keys, c.grad);  // now as the queries of this step read them
-    std::fill_n(c.reach + std::max<Index>(a - 1, 0) * keys, keys, 1.0f);
-    for (Index s = a - 2; s >= 0; s--) scaled(c.reach + (s + 1) * keys, c.totals + (s + 1) * keys, 1, keys, c.reach + s * keys);
+    reaching(c, a);
     for (Index s = 0; s < a; s++) scaled(c.own + s * TILE * keys, c.reach + s * keys, TILE, keys, c.later + s * TILE * keys);
     for (Index r = 0; r < e.readers; r++) reader(c, a, r, rows, grad_k, grad_g, grad_v);
   }

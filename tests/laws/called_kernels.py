@@ -1,0 +1,38 @@
+"""What the tests of the kernels share: where they can run, which of them were called, and when two parts are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from linearize.modeling import native, native_ops
+from linearize.modeling.window import Part
+from linearize.testing.laws import EXACT, assert_close
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called from here on, by calls that must have them."""
+    names: list[str] = []
+    library = native.library()
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setenv("LINEARIZE_BACKEND", "native")
+    for module in (native, native_ops):
+        monkeypatch.setattr(module, "library", lambda: None if library is None else Recorded())
+    return names
+
+
+def same_part(found: Part, expected: Part, what: str) -> None:
+    there = expected.denominator > 0
+    assert torch.equal(found.denominator > 0, there), what
+    assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
+    mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
+    assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
