@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from linearize.devices import pick_device, pick_dtype
 from linearize.errors import UsageError
 from linearize.modeling.modeling_linearized import PREFIX, linearized_class, register
+from linearize.modeling.native import keep_memory
 from linearize.opening import check
 
 ADAPTER = "adapter"  # a folder of the checkpoint's, where LoRA was kept apart
@@ -34,6 +35,8 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto", ad
     made, config = class_of(path)
     where = pick_device(device)
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
+    if where.type == "cpu":
+        keep_memory()
     model: Any = made.from_pretrained(path, dtype=chosen)
     if adapter and (path / ADAPTER).is_dir():
         model.load_adapter(str(path / ADAPTER))

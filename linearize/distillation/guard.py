@@ -69,6 +69,7 @@ def drawn(device: torch.device, *numbers: int) -> Iterator[None]:
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number) % 2**63
-    with torch.random.fork_rng(devices=[], enabled=device.type == "cpu"):
-        torch.manual_seed(seed)
+    alone = device.type == "cpu"  # of no other device, for each of which torch.manual_seed writes down where it was called
+    with torch.random.fork_rng(devices=[], enabled=alone):
+        torch.default_generator.manual_seed(seed) if alone else torch.manual_seed(seed)
         yield

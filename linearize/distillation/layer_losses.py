@@ -88,14 +88,14 @@ def wide(x: Tensor) -> Tensor:
 def relative_mse(call: LayerCall) -> Tensor:
     """sum w ||y - y'||^2 / sum w ||y||^2 of each row: deep layers, whose outputs are larger, do not drown the rest."""
     target = wide(call.target)
-    error = call.weighted((wide(call.output) - target).square()).sum((1, 2, 3))
+    error = call.weighted(F.mse_loss(wide(call.output), target, reduction="none")).sum((1, 2, 3))
     loss: Tensor = (error / call.per_row(call.weighted(target.square()).sum((1, 2, 3))).clamp(min=1e-12)).mean()
     return loss
 
 
 def mse(call: LayerCall) -> Tensor:
     """1000 times the mean squared error of the heads' outputs (LoLCATs, section 3.2)."""
-    error = call.weighted((wide(call.output) - wide(call.target)).square()).mean((2, 3)).sum(1)
+    error = call.weighted(F.mse_loss(wide(call.output), wide(call.target), reduction="none")).mean((2, 3)).sum(1)
     return 1000 * (error / call.per_row(call.counted.sum(1))).mean()
 
 
@@ -113,8 +113,8 @@ def weights(call: LayerCall) -> Tensor:
     phi_q, phi_k = mixer.features(inputs)
     q, k = inputs.q.to(phi_q.dtype), inputs.k.to(phi_k.dtype)
     own = slice(call.first, call.first + call.inputs.q.shape[2])
-    total = cross_entropy(phi_q, phi_k, q, k, inputs.score, inputs.segments, mixer.spec.causal, own)
-    return total / call.inputs.q[..., 0].numel()
+    mean = 1 / call.inputs.q[..., 0].numel()
+    return cross_entropy(phi_q, phi_k, q, k, inputs.score, inputs.segments, mixer.spec.causal, own, mean)
 
 
 def weighs_mass(spec: MixerSpec) -> bool:

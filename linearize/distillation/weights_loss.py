@@ -19,14 +19,15 @@ FLOOR = 1e-12  # of a weight and of a sum of weights
 
 
 def cross_entropy(
-    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, score: Scores, segments: Tensor | None, causal: bool, own: slice
-) -> Tensor:
-    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, with A the teacher's weights and s_ti = phi_q_t . phi_k_i.
+    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, score: Scores, segments: Tensor | None, causal: bool, own: slice,
+    factor: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, times `factor`; A the teacher's weights, s_ti = phi_q_t phi_k_i.
 
     phi_q (B, M, R, T, K), phi_k (B, M, T, K), q (B, H, T, D) and k (B, G, T, D) in the dtype of phi; the keys of a query are those
     up to it where `causal`, and of its own document where `segments` (B, T) numbers them.
     """
-    arguments = (phi_q, phi_k, q, k, score, segments, causal, own)
+    arguments = (phi_q, phi_k, q, k, score, segments, causal, own, factor)
     found: Tensor = _CrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
@@ -45,11 +46,14 @@ class _CrossEntropy(torch.autograd.Function):
         segments: Tensor | None,
         causal: bool,
         own: slice,
+        factor: float,
     ) -> Tensor:
         wanted, time = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], q.shape[2]
         if causal and score.softcap is None and phi_q.shape[-1] % WIDTH == 0 and takes(phi_q, phi_k, q, k):
-            total, *grads = native_cross_entropy(phi_q, phi_k, q, k, score.scale * LOG2E, _first(segments, q), own, wanted)
+            scale, first = score.scale * LOG2E, _first(segments, q)
+            total, *grads = native_cross_entropy(phi_q, phi_k, q, k, scale, first, own, factor, wanted)
             ctx.save_for_backward(*grads)
+            ctx.factor = 1.0
             return total
         grad_q, grad_k = (torch.zeros_like(x) for x in (phi_q, phi_k)) if wanted else (None, None)
         total = q.new_zeros(())
@@ -65,14 +69,17 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_k[:, :, seen] += grad[1]
         if wanted:
             ctx.save_for_backward(grad_q, grad_k)
-        return total
+        ctx.factor = factor
+        return total * factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k = ctx.saved_tensors
-        # in place: fresh memory costs more than the product, and whoever came here twice would be told
-        return grad_q.mul_(grad), grad_k.mul_(grad), None, None, None, None, None, None
+        grads, factor = ctx.saved_tensors, grad * ctx.factor
+        if not (factor.is_cpu and factor == 1):  # mostly it is, where the kernel has put the factor in
+            # in place: fresh memory costs more than the product, and whoever came here twice would be told
+            grads = tuple(x.mul_(factor) for x in grads)
+        return *grads, None, None, None, None, None, None, None
 
 
 def _block(

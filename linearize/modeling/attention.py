@@ -25,6 +25,7 @@ from .native import takes_frozen
 from .native_ops import attention as native_attention
 from .places import Places
 from .products import LN2, LOG2E, by_onednn, exp, product
+from .rope import in_one_pass
 from .rows import make_rows
 from .window import Scores
 
@@ -252,7 +253,8 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def linearized_class_of(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     """The one subclass for a class of attention or norm, findable by name in this module so that it pickles."""
     if base not in _CLASSES:
-        made = type(f"Linearized{base.__name__}", (mixin, base), {"__module__": __name__})
+        own = in_one_pass(base) if mixin is LinearizedAttention else base
+        made = type(f"Linearized{base.__name__}", (mixin, own), {"__module__": __name__})
         _CLASSES[base] = globals()[made.__name__] = made
     return _CLASSES[base]
 

@@ -13,6 +13,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import WIDTH, takes
+from .native_ops import log_sigmoid as native_log_sigmoid
 from .spec import MixerSpec, Shape
 
 OPEN = 4.0  # bias that starts a sigmoid gate at alpha = 0.982
@@ -33,14 +35,21 @@ class Projection(nn.Module):
         if self.down is not None:
             nn.init.orthogonal_(self.down)
 
-    def project(self, hidden: Tensor | None) -> Tensor:
+    def linear(self, hidden: Tensor | None) -> Tensor:
+        """W x (B, T, heads width)."""
         if hidden is None:
             raise ValueError("a data-dependent mixer needs the layer's input")
         x = hidden if self.down is None else hidden @ self.down.to(hidden.dtype).T
-        y = x @ self.up.to(x.dtype).T
-        y = y if self.bias is None else y + self.bias.to(x.dtype)
-        apart: Tensor = y.unflatten(-1, (self.heads, self.width))
-        return apart.transpose(1, 2)
+        return x @ self.up.to(x.dtype).T
+
+    def project(self, hidden: Tensor | None) -> Tensor:
+        return self.apart(self.linear(hidden))
+
+    def apart(self, y: Tensor) -> Tensor:
+        """y + b (B, heads, T, width) of y = W x."""
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        found: Tensor = y.unflatten(-1, (self.heads, self.width))
+        return found.transpose(1, 2)
 
 
 class KeyGate(nn.Module):
@@ -87,7 +96,10 @@ class HiddenGate(Projection):
             self.bias.data.view(self.heads, 2, -1)[:, 1] = 0.0
 
     def forward(self, hidden: Tensor | None, key: Tensor) -> Tensor:
-        y = self.project(hidden)
+        y = self.linear(hidden)
+        if self.form == "sigmoid" and not self.complex and self.width % WIDTH == 0 and takes(y, self.bias):
+            return native_log_sigmoid(y, self.bias, self.heads, self.divisor)
+        y = self.apart(y)
         if not self.complex:
             return self.log_alpha(y)
         size, angle = y.chunk(2, dim=-1)

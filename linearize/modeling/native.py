@@ -70,7 +70,7 @@ def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = load(
             name, [str(source) for source in sorted(SOURCES.glob("*.cpp"))], build_directory=directory, is_python_module=False,
-            extra_cflags=["-O3", "-std=c++17", "-fopenmp", flag], extra_ldflags=["-fopenmp"],
+            extra_cflags=["-O3", "-fopenmp", flag], extra_ldflags=["-fopenmp"],
         )  # fmt: skip
         os.replace(built, path)
 
@@ -96,6 +96,15 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def takes_frozen(*tensors: Tensor | None) -> bool:
     """Whether kernels without a backward pass compute a call with these tensors."""
     return takes(*tensors) and not differentiable(*tensors)
+
+
+@cache
+def keep_memory() -> bool:
+    """Memory of large CPU tensors is used again from now on, in this process; False where there are no kernels."""
+    found = library() if asked() in ("auto", "native") else None
+    if found is not None:
+        found.keep_memory()
+    return found is not None
 
 
 def pointer(x: Tensor | None) -> int | None:

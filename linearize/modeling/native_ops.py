@@ -125,9 +125,9 @@ class _Hedgehog(torch.autograd.Function):
 
 
 def cross_entropy(
-    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, scale: float, first: Tensor, own: slice, wanted: bool
+    phi_q: Tensor, phi_k: Tensor, q: Tensor, k: Tensor, scale: float, first: Tensor, own: slice, factor: float, wanted: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, and where `wanted` its gradients by phi_q and phi_k.
+    """-sum_ti A_ti log (s_ti / sum_j s_tj) over the queries `own`, times `factor`, and gradients by phi_q and phi_k where `wanted`.
 
     A softmax of q (B, H, T, D) on k (B, G, T, D), s of phi_q (B, M, R, T, K) on phi_k (B, M, T, K); each query sees the keys from
     `first` (B, T), which does not fall, to its own; `scale` is that of scores of base 2. K is a multiple of WIDTH.
@@ -137,11 +137,74 @@ def cross_entropy(
     shares = -(-UNITS // (batch * memories))
     losses = torch.empty(batch, memories, shares, dtype=torch.float64)
     of_q = (torch.zeros_like if own.stop - own.start < time else torch.empty_like)(phi_q) if wanted else None
-    of_k = phi_k.new_empty(batch, memories, shares, time, keys) if wanted else None
+    of_k = phi_k.new_empty(shares, *phi_k.shape) if wanted else None
     sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
     given: tuple[Tensor | int, ...] = (phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous())
-    call("weights_loss", *given, losses, of_q, of_k, *sizes, scale)
-    return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k.sum(2)
+    call("weights_loss", *given, losses, of_q, of_k, *sizes, scale, factor)
+    for share in () if of_k is None else of_k[1:]:
+        of_k[0].add_(share)  # in place: a sum over a dimension fills its memory first
+    return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k[0]
+
+
+# ---- rotary position embeddings ----
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """y = x cos + rotate(x) sin of the first W channels of x (B, H, T, D), which are paired as halves, or where `inverse` x of y.
+
+    cos, sin (B or 1, T, W), without gradients, W a multiple of 2 WIDTH.
+    """
+    found: Tensor = _Rope.apply(x, cos.contiguous(), sin.contiguous(), 2 * inverse)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Rope(torch.autograd.Function):
+    """`kind` is rope.cpp's: 2 undoes, 1 transposes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kind: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.kind = kind
+        return _turned(x, cos, sin, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(grad, *ctx.saved_tensors, ctx.kind + 1), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, kind: int) -> Tensor:
+    x, y = rows(x), x.new_empty(x.shape)
+    call("rope", x, cos, sin, y, *x.stride()[:3], *x.shape, cos.shape[-1], 0 if len(cos) == 1 else cos.stride(0), kind)
+    return y
+
+
+# ---- a sigmoid gate ----
+
+
+def log_sigmoid(y: Tensor, bias: Tensor | None, heads: int, divisor: float) -> Tensor:
+    """log sigmoid(y + bias) / divisor (B, H, T, F) of y (B, T, H F) and a bias (H F), F a multiple of WIDTH."""
+    found: Tensor = _LogSigmoid.apply(y, bias, heads, divisor)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LogSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor | None, heads: int, divisor: float) -> Tensor:
+        y, (batch, time, width) = y.contiguous(), y.shape
+        out = y.new_empty(batch, heads, time, width // heads)
+        call("gate_forward", y, bias, out, *out.shape, width, float(divisor))
+        ctx.save_for_backward(y, bias)
+        ctx.divisor = float(divisor)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, bias = ctx.saved_tensors
+        of_y, shares = torch.empty_like(y), y.new_empty(UNITS, y.shape[-1])
+        call("gate_backward", y, bias, grad.contiguous(), of_y, shares, len(shares), *grad.shape, y.shape[-1], ctx.divisor)
+        return of_y, None if bias is None else shares.sum(0), None, None
 
 
 # ---- a convolution over time ----

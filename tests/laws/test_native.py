@@ -20,6 +20,7 @@ from linearize.modeling import native, native_ops, recurrence_additive
 from linearize.modeling.attention import softmax_attention
 from linearize.modeling.convolution import convolved
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
+from linearize.modeling.gates import OPEN
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.native_decayed import decayed
 from linearize.modeling.spec import MixerSpec, Shape
@@ -112,6 +113,31 @@ def _convolved(x: Tensor, weight: Tensor, of_x: bool) -> list[Tensor]:
     y = convolved(x, weight)
     slopes = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     return [y.detach(), *torch.autograd.grad((y * slopes).sum(), [weight, *([x] if of_x else [])])]
+
+
+@needs_kernels
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("steep", [1.0, 30.0])
+def test_sigmoid_gate(steep: float, biased: bool, called: list[str]) -> None:
+    """Gates that are nearly open too: how nearly must not be lost."""
+    for time in LENGTHS:
+        y, bias = steep * torch.randn(2, time, 3 * 32), torch.randn(3 * 32) + OPEN if biased else None
+        own, expected = (_gated(change(y), change(bias)) for change in (lambda x: x, wide))
+        for part, other in zip(own, expected, strict=True):
+            assert_close(part, other, EXACT[torch.float32], f"{time} tokens")
+        shares = own[0].clamp(max=-1e-30) / expected[0].clamp(max=-1e-30)
+        assert_close(shares, torch.ones_like(shares), EXACT[torch.float32], "each relative to itself")
+    assert set(called) == {"gate_forward", "gate_backward"}
+
+
+def _gated(y: Tensor, bias: Tensor | None) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (y, bias) if x is not None]
+    if y.dtype == torch.float32:
+        out = native_ops.log_sigmoid(leaves[0], *leaves[1:] or [None], 3, 16.0)
+    else:
+        out = torch.nn.functional.logsigmoid(sum(leaves)).unflatten(-1, (3, -1)).transpose(1, 2) / 16
+    slopes = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * slopes).sum(), leaves)]
 
 
 @needs_kernels

@@ -22,10 +22,12 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return recorded(monkeypatch)
 
 
-def found(given: list[Tensor], segments: Tensor | None, own: slice, softcap: float | None = None) -> list[Tensor]:
+def found(
+    given: list[Tensor], segments: Tensor | None, own: slice, softcap: float | None = None, factor: float = 1.0
+) -> list[Tensor]:
     """Loss and gradients by the features of queries and keys."""
     leaves = [x.clone().requires_grad_() for x in given[:2]]
-    loss = cross_entropy(*leaves, *given[2:], Scores(0.3, softcap), segments, True, own)
+    loss = cross_entropy(*leaves, *given[2:], Scores(0.3, softcap), segments, True, own, factor)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -47,6 +49,15 @@ def test_loss_and_gradients(memories: int, readers: int, packed: bool, steep: fl
             expected = found([x.double() for x in given], segments, own)
             for part, other in zip(found(given, segments, own), expected, strict=True):
                 assert_close(part, other, EXACT[torch.float32], f"{time} tokens, {own}")
+
+
+def test_a_factor() -> None:
+    """Of the loss and of its gradients, by the kernel and by PyTorch."""
+    given = streams(40, 2, 3, 16, 1.0)
+    for own in (given, [x.double() for x in given]):
+        plain = found(own, None, slice(0, 40))
+        for part, other in zip(found(own, None, slice(0, 40), factor=0.25), plain, strict=True):
+            assert_close(part, other / 4, EXACT[torch.float32], str(own[0].dtype))
 
 
 def test_a_floor_has_no_gradient() -> None:

@@ -12,12 +12,16 @@ struct Map {
   Left tokens(Index b, Index h, Index t) const { return {x + b * of_batch + h * of_head + t * of_token, of_token, 1}; }
 };
 
-// into += sign * phi * (grad - <grad, phi>) of one row: the gradient of y through one softmax.
-void harden(const float* phi, const float* grad, float sign, Index width, float* into) {
-  Vector products = Vector{};
-  for (Index j = 0; j < width; j += LANES) products += load(phi + j) * load(grad + j);
-  const float mean = sum(products);
-  for (Index j = 0; j < width; j += LANES) store(into + j, load(into + j) + load(phi + j) * (load(grad + j) - mean) * sign);
+// The gradient of y (columns) of one row of phi = [softmax(y), softmax(-y)].
+void harden(const float* phi, const float* grad, Index columns, float* into) {
+  Vector up = Vector{}, down = Vector{};
+  for (Index j = 0; j < columns; j += LANES) {
+    up += load(phi + j) * load(grad + j);
+    down += load(phi + columns + j) * load(grad + columns + j);
+  }
+  const float above = sum(up), below = sum(down);
+  for (Index j = 0; j < columns; j += LANES)
+    store(into + j, load(phi + j) * (load(grad + j) - above) - load(phi + columns + j) * (load(grad + columns + j) - below));
 }
 
 }  // namespace
@@ -56,11 +60,9 @@ extern "C" void hedgehog_backward(const float* x, const float* weight, const flo
       for (Index t = u % parts * length; t < std::min(all, (u % parts + 1) * length); t++) {
         const Index b = t / tiles, start = t % tiles * BLOCK, rows = std::min(BLOCK, time - start);
         const Index first = (b * heads + h) * time + start;
-        std::fill_n(y.data(), rows * columns, 0.0f);
         for (Index i = 0; i < rows; i++) {
           const Index at = (first + i) * 2 * columns;
-          harden(phi + at, grad + at, 1, columns, y.data() + i * columns);
-          harden(phi + at + columns, grad + at + columns, -1, columns, y.data() + i * columns);
+          harden(phi + at, grad + at, columns, y.data() + i * columns);
         }
         const Left own = m.tokens(b, h, start);
         product({own.data, own.column, own.row}, {y.data(), columns, LANES}, dim, columns / LANES, rows, share, columns, true);

@@ -13,7 +13,7 @@ struct Call {
   Rows q, k;
   const int64_t* first;
   Index batch, memories, readers, groups, time, keys, dim, begin, end, shares;
-  float scale;  // of scores of base 2
+  float scale, factor;  // of scores of base 2; of the loss
 };
 
 struct Scratch {
@@ -25,7 +25,7 @@ struct Keys {
 };
 
 // One query's loss. Of `teacher` (width), its scores, and `student`, products of features, the latter becomes the loss's gradient.
-double row(float* teacher, float* student, Index width, int32_t least, int32_t most) {
+double row(float* teacher, float* student, Index width, int32_t least, int32_t most, float factor) {
   Mask lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   const auto seen = [&](Index j) {
@@ -40,12 +40,12 @@ double row(float* teacher, float* student, Index width, int32_t least, int32_t m
     sums += x;
     logs += load(teacher + j) * logarithm(larger(x, all(LEAST)));
   }
-  const float whole = sum(sums), share = whole > LEAST ? 1 / whole : 0.0f, mean = 1 / denominator;
+  const float whole = sum(sums), share = whole > LEAST ? factor / whole : 0.0f, mean = 1 / denominator;
   for (Index j = 0; j < width; j += LANES) {
-    const Vector x = load(student + j), own = x > LEAST ? load(teacher + j) * mean / x : Vector{};
+    const Vector x = load(student + j), own = x > LEAST ? load(teacher + j) * (factor * mean) / x : Vector{};
     store(student + j, seen(j) ? share - own : Vector{});
   }
-  return std::log(std::max(whole, LEAST)) - double(sum(logs)) * mean;
+  return factor * (std::log(std::max(whole, LEAST)) - double(sum(logs)) * mean);
 }
 
 // Queries from `start` on of one reader: their loss, and gradients by their features, set, and by the keys', added.
@@ -62,7 +62,8 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
   product(features, own.student.from(from / LANES), rows, width / LANES, c.keys, student, stride, false);
   double loss = 0;
   for (Index i = 0; i < rows; i++)
-    loss += row(teacher + i * stride, student + i * stride, width, c.first[b * c.time + start + i] - from, start + i - from);
+    loss += row(teacher + i * stride, student + i * stride, width, c.first[b * c.time + start + i] - from, start + i - from,
+                c.factor);
   if (!grad_q) return loss;
   const Right keys{own.rows.data + from * LANES, own.rows.row, own.rows.panel};
   product({student, stride, 1}, keys, rows, c.keys / LANES, last - from, grad_q + at * c.keys, c.keys, false);
@@ -73,13 +74,15 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
 }  // namespace
 
 // The sum over queries from `begin` to `end` of each share of each memory, losses (B, M, S); grad_q (B, M, R, T, K) and shares of
-// grad_k (B, M, S, T, K), both null or neither.
+// grad_k (S, B, M, T, K), both null or neither.
 extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, Index q_batch, Index q_head,
                              Index q_token, const float* k, Index k_batch, Index k_head, Index k_token, const int64_t* first,
                              double* losses, float* grad_q, float* grad_k, Index batch, Index memories, Index readers, Index groups,
-                             Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale) {
+                             Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale,
+                             float factor) {
   const Rows queries{q, q_batch, q_head, q_token}, others{k, k_batch, k_head, k_token};
-  const Call c{phi_q, phi_k, queries, others, first, batch, memories, readers, groups, time, keys, dim, begin, end, shares, scale};
+  const Call c{phi_q, phi_k, queries, others, first, batch, memories, readers,
+               groups, time, keys, dim, begin, end, shares, scale, factor};
 #pragma omp parallel
   {
     Scratch s;
@@ -90,7 +93,7 @@ extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float
       const Keys own{transposed(c.k.at(b, g, 0), end, dim, k_token, packed),
                      transposed(phi_k + p * time * keys, end, keys, keys, features),
                      panelled(phi_k + p * time * keys, end, keys, room(s.rows, end * keys))};
-      float* into = grad_k ? grad_k + u * time * keys : nullptr;
+      float* into = grad_k ? grad_k + (u % shares * batch * memories + p) * time * keys : nullptr;
       if (into) std::fill_n(into, time * keys, 0.0f);
       losses[u] = 0;
       for (Index t = begin + u % shares * BLOCK; t < end; t += shares * BLOCK)
