@@ -267,7 +267,7 @@ class Mixer(Leaving):
             past = x.new_zeros(batch, x.shape[1], spec.recent, x.shape[3])
             joined[name] = torch.cat([past if fresh else opened(chronological(before[f"recent_{name}"], count), x.dtype), x], dim=2)
         if joint and self._in_one_pass(s, score):
-            halves = Halves(None, None, None, s, merged=self._merged(s, before, joined, after, score))
+            halves = Halves(None, None, None, s, merged=self._merged(s, before, joined, after, score, fresh))
         else:
             halves = self._apart(s, before, joined, after, score, fresh)
         if not keep:
@@ -303,9 +303,9 @@ class Mixer(Leaving):
         given = (s.q, s.k, s.v, s.far_q, s.far_k, *weights)
         return takes_frozen(*given) and not differentiable(*self.parameters())
 
-    def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores) -> Tensor:
+    def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Tensor:
         """The layer's output (B, H, T, V) by a kernel."""
-        sink_k, sink_v = self._sinks(s, before, after)
+        sink_k, sink_v = self._sinks(s, before, after, fresh)
         assert self.far_mass is not None
         given = {
             "q": s.q, "far_q": s.far_q, "k": joined["k"], "v": joined["v"], "far_k": joined.get("far_k", joined["k"]),
@@ -318,7 +318,7 @@ class Mixer(Leaving):
         return out.transpose(1, 2)
 
     def _near(self, q: Tensor, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Part:
-        spec, sinks = self.spec, self._sinks(s, before, after)
+        spec, sinks = self.spec, self._sinks(s, before, after, fresh)
         skip = spec.recent - spec.window if fresh else 0  # a fresh row begins on a block: one block of lead is enough
         k, v = joined["k"][:, :, skip:], joined["v"][:, :, skip:]
         until = after["count"] if spec.scores_attention else None
@@ -327,12 +327,15 @@ class Mixer(Leaving):
             joined["scores"] = with_attention(joined["scores"], torch.nn.functional.pad(got, (skip, 0)))
         return near
 
-    def _sinks(self, s: Stream, before: State, after: State) -> tuple[Tensor, Tensor]:
+    def _sinks(self, s: Stream, before: State, after: State, fresh: bool) -> tuple[Tensor, Tensor]:
         """Keys and values of the sinks with those of the new tokens among them; where there are none, any keys serve."""
         if not self.spec.sinks:
             return s.k, s.v
-        held = [(before["sink_k"], s.k), (before["sink_v"], s.v)]
-        k, v = (fill_sinks(opened(old, x.dtype), x, before["count"], after["count"]) for old, x in held)
+        if fresh and s.lengths is None and s.k.shape[2] >= self.spec.sinks:
+            k, v = (x[:, :, : self.spec.sinks].clone() for x in (s.k, s.v))
+        else:
+            held = [(before["sink_k"], s.k), (before["sink_v"], s.v)]
+            k, v = (fill_sinks(opened(old, x.dtype), x, before["count"], after["count"]) for old, x in held)
         after["sink_k"], after["sink_v"] = kept(k, before["sink_k"].dtype), kept(v, before["sink_v"].dtype)
         return k, v
 
@@ -385,10 +388,9 @@ class Mixer(Leaving):
             assert halves.far is not None
             return torch.zeros_like(halves.far) if self.ablate == "far" else halves.far
         factor = None if self.far_mass is None else self.far_mass(s.far_q, near.top)
-        if factor is not None and halves.summed and halves.output is None and takes(near.numerator, read, factor):
-            own = (near.numerator, near.denominator, near.top)
-            if read is not None and not differentiable(*own):
-                return merge(*own, read, factor)
+        summed = read if halves.summed and halves.output is None else None
+        if summed is not None and factor is not None and takes(near.numerator, summed, factor):
+            return merge(near.numerator, near.denominator, near.top, summed, factor)
         return self.merge(near, halves.far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
 
 

@@ -113,13 +113,11 @@ def pointer(x: Tensor | None) -> int | None:
 
 def call(name: str, *arguments: Tensor | float | int | None) -> None:
     """A kernel on tensors' memory, 64-bit integers and floats."""
-
-    def native(x: Tensor | float | int | None) -> Any:
-        if isinstance(x, float):
-            return ctypes.c_float(x)
-        return ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(pointer(x))
-
-    getattr(library(), name)(*map(native, arguments))
+    kernel = getattr(library(), name)
+    if kernel.argtypes is None:  # the same at every call
+        kinds = {float: ctypes.c_float, int: ctypes.c_int64}
+        kernel.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
+    kernel(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def up(size: int) -> int:

@@ -28,21 +28,44 @@ def window(
     q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int, sizes: tuple[int, int, bool],
     scale: float, until: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """`near_chunked` without gradients: numerator, denominator and maximum of base 2; of queries before `until` what keys received.
+    """`near_chunked`: numerator, denominator and maximum of base 2; of queries before `until` what keys received.
 
-    `sizes` are sinks, window, terraced.
+    `sizes` are sinks, window, terraced. The first two have gradients.
     """
-    (batch, groups, repeats, time, dim), width, (sinks, size, terraced) = q.shape, v.shape[-1], sizes
-    numerator, denominator, top = q.new_empty(*q.shape[:-1], width), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
-    received = None if until is None else q.new_zeros(k.shape[:3])
-    q = rows(q).flatten(1, 2)
-    k, v, sink_k, sink_v, count = (x.contiguous() for x in (k, v, sink_k, sink_v, count.expand(batch)))
-    until = None if until is None else until.expand(batch).contiguous()
-    call(
-        "window_attend", q, *q.stride()[:3], k, v, sink_k, sink_v, count, until, received, numerator, denominator, top,
-        batch, groups, repeats, time, lead, dim, width, sinks, size, int(terraced), scale,
-    )  # fmt: skip
-    return numerator, denominator, top, received
+    sink_k, sink_v = (x[:, :, : sizes[0]] for x in (sink_k, sink_v))  # where there are none, any keys may stand there
+    count = count.expand(len(q)).contiguous()
+    until = None if until is None else until.expand(len(q)).contiguous()
+    arguments = (q, k, v, sink_k, sink_v, count, lead, sizes, scale, until)
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = _Window.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int,
+        sizes: tuple[int, int, bool], scale: float, until: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        (batch, groups, repeats, time, dim), width, (sinks, size, terraced) = q.shape, v.shape[-1], sizes
+        numerator, denominator, top = q.new_empty(*q.shape[:-1], width), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
+        received = None if until is None else q.new_zeros(k.shape[:3])
+        q = rows(q).flatten(1, 2)
+        k, v, sink_k, sink_v = (x.contiguous() for x in (k, v, sink_k, sink_v))
+        given: tuple[Tensor | int, ...] = (q, *q.stride()[:3], k, v, sink_k, sink_v, count)
+        ctx.sizes = (batch, groups, repeats, time, lead, dim, width, sinks, size, int(terraced), scale)
+        call("window_attend", *given, until, received, numerator, denominator, top, *ctx.sizes)
+        ctx.save_for_backward(q, k, v, sink_k, sink_v, count, top)
+        ctx.mark_non_differentiable(*(x for x in (top, received) if x is not None))
+        return numerator, denominator, top, received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, mass: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink_k, sink_v, count, top = ctx.saved_tensors
+        of_q, of_k, of_v, of_sink_k, of_sink_v = (x.new_empty(x.shape) for x in (q, k, v, sink_k, sink_v))
+        given = (q, *q.stride()[:3], k, v, sink_k, sink_v, count, top, grad.contiguous(), mass.contiguous())
+        call("window_backward", *given, of_q, of_k, of_v, of_sink_k, of_sink_v, *ctx.sizes)
+        return of_q.unflatten(1, ctx.sizes[1:3]), of_k, of_v, of_sink_k, of_sink_v, None, None, None, None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding: int | None) -> Tensor:
@@ -141,9 +164,12 @@ def cross_entropy(
     sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
     given: tuple[Tensor | int, ...] = (phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous())
     call("weights_loss", *given, losses, of_q, of_k, *sizes, scale, factor)
-    for share in () if of_k is None else of_k[1:]:
+    loss = losses.sum().to(q.dtype)
+    if of_k is None:
+        return loss, None, None
+    for share in of_k[1:]:
         of_k[0].add_(share)  # in place: a sum over a dimension fills its memory first
-    return losses.sum().to(q.dtype), of_q, None if of_k is None else of_k[0]
+    return loss, of_q, of_k[0]
 
 
 # ---- rotary position embeddings ----
@@ -170,7 +196,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _turned(grad, *ctx.saved_tensors, ctx.kind + 1), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, ctx.kind + 1), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, kind: int) -> Tensor:
@@ -240,9 +267,9 @@ class _Convolution(torch.autograd.Function):
 
 
 def merge(numerator: Tensor, denominator: Tensor, top: Tensor, read: Tensor, factor: Tensor) -> Tensor:
-    """The output (B, H, T, V) of a near half without gradients and a read (B, H, T, V + 1) with the mass in its last column.
+    """The output (B, H, T, V) of a near half and a read (B, H, T, V + 1) with the mass in its last column.
 
-    `factor` (B, H, T) is the log of what the memory weighs, as Merge has it.
+    `factor` (B, H, T) is the log of what the memory weighs, as Merge has it. The maximum `top` has no gradient.
     """
     found: Tensor = _Merge.apply(numerator, denominator, top, read, factor)  # type: ignore[no-untyped-call]
     return found.transpose(1, 2)
@@ -262,10 +289,12 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *given, out = ctx.saved_tensors
-        read, factor = given[3], given[4]
+        numerator, denominator, _, read, factor = given
         of_read, of_factor = read.new_empty(read.shape), torch.empty_like(factor)
-        call("merge_backward", *given, out, grad.contiguous(), of_read, of_factor, *given[0].shape, *read.stride()[:3])
-        return None, None, None, of_read, of_factor
+        near = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        of_near = (torch.empty_like(numerator), torch.empty_like(denominator)) if near else (None, None)
+        call("merge_backward", *given, out, grad.contiguous(), *of_near, of_read, of_factor, *numerator.shape, *read.stride()[:3])
+        return *of_near, None, of_read, of_factor
 
 
 # ---- both halves ----

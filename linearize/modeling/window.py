@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import differentiable, takes_frozen
+from .native import takes
 from .native_ops import window as native_window
 from .products import LN2, LOG2E, exp, product
 from .spec import MixerSpec
@@ -155,7 +155,7 @@ def near_chunked(
     `count` (B or 1) real tokens were seen before; sinks (B, G, s, .) already hold this call's. Returns parts (B, G, R, T, .), and
     where `after` (B,) is given, the attention that each key (B, G, lead + T) received from queries before that position.
     """
-    if score.softcap is None and takes_frozen(q, k, v) and not differentiable(sink_k, sink_v):
+    if score.softcap is None and takes(q, k, v, *((sink_k, sink_v) if spec.sinks else ())):
         sizes = (spec.sinks, spec.window, spec.window_kind != "sliding")
         found = native_window(q, k, v, sink_k, sink_v, count, lead, sizes, score.scale * LOG2E, after)
         return Part(found[0], found[1], found[2] * LN2), found[3]

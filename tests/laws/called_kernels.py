@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from linearize.modeling import native, native_ops
+from linearize.modeling.mixer import Inputs
+from linearize.modeling.spec import Shape
 from linearize.modeling.window import Part
-from linearize.testing.laws import EXACT, assert_close
+from linearize.testing.laws import BY_HEAD, EXACT, assert_close
 
+SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 150)
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
 
 
@@ -28,6 +34,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (native, native_ops):
         monkeypatch.setattr(module, "library", lambda: None if library is None else Recorded())
     return names
+
+
+def wide(x: Any) -> Any:
+    """The same in float64, which no kernel takes."""
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def widened(inputs: Inputs) -> Inputs:
+    names = (*BY_HEAD, "hidden", "cos", "sin")
+    return replace(inputs, **{name: wide(getattr(inputs, name)) for name in names})
 
 
 def same_part(found: Part, expected: Part, what: str) -> None:

@@ -12,26 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from called_kernels import needs_kernels, recorded, same_part
+from called_kernels import LENGTHS, SHAPE, needs_kernels, recorded, wide, widened
 from forms import STRENGTHS, compare, evaluate
 from torch import Tensor
 
 from linearize.modeling import native, native_ops, recurrence_additive
-from linearize.modeling.attention import softmax_attention
 from linearize.modeling.convolution import convolved
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.gates import OPEN
 from linearize.modeling.mixer import Inputs, Mixer
 from linearize.modeling.native_decayed import decayed
-from linearize.modeling.spec import MixerSpec, Shape
-from linearize.modeling.window import Part, Scores, near_chunked
+from linearize.modeling.spec import MixerSpec
 from linearize.testing import method_points, random_inputs, randomise
-from linearize.testing.laws import BY_HEAD, EXACT, assert_close, deviation, run
+from linearize.testing.laws import EXACT, assert_close, deviation, run
 
-SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 POINTS = {point.id: point.spec for point in method_points()}
 DEFAULT = POINTS["default"]
-LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 150)
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +38,6 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
-
-
-def wide(x: Any) -> Any:
-    """The same in float64, which no kernel takes."""
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 # ---- parts ----
@@ -163,80 +154,12 @@ def _map_gradients(feature_map: Hedgehog, x: Tensor, weight: Tensor, of_x: bool)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), wanted)]
 
 
-@needs_kernels
-@pytest.mark.parametrize("kind", ["sliding", "terraced"])
-@pytest.mark.parametrize("window, sinks", [(1, 0), (5, 3), (16, 4), (40, 20)])
-def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
-    spec = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=window, sinks=sinks, window_kind=kind)
-    for time, (lead, seen) in itertools.product(LENGTHS, ((window, [0, 0]), (spec.recent, [0, 0]), (spec.recent, [3, 100]))):
-        q, k, v = (
-            torch.randn(2, time, 4, 16).transpose(1, 2).unflatten(1, (2, 2)),
-            *(torch.randn(2, 2, lead + time, 16) for _ in "kv"),
-        )
-        sink_k, sink_v = torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16)
-        given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
-        for until in (None, torch.tensor(seen) + torch.tensor([time, time // 2])):
-            found, expected = near_chunked(*given, until), near_chunked(*map(wide, given), until)
-            same_part(found[0], expected[0], f"{time} tokens after {seen}")
-            if found[1] is not None and expected[1] is not None:
-                assert_close(found[1], expected[1], EXACT[torch.float32], f"received, {time} tokens after {seen}")
-    assert set(called) == {"window_attend"}
-
-
-@needs_kernels
-@pytest.mark.parametrize("sliding", [None, 1, 20])
-def test_softmax_of_a_whole_text(sliding: int | None, called: list[str]) -> None:
-    for time in LENGTHS:
-        inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
-        inputs = replace(inputs, score=replace(inputs.score, sliding=sliding))
-        expected = softmax_attention(_widened(inputs))
-        assert_close(softmax_attention(inputs), expected, EXACT[torch.float32], f"{time} tokens")
-    assert set(called) == {"window_attend"}
-
-
-@needs_kernels
-@pytest.mark.parametrize("empty", [False, True])
-def test_merge(empty: bool, monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
-    """Some memories are empty, and some weigh more, or less, than what they are merged with."""
-    mixer = _mixer(replace(DEFAULT, far_mass="query"))
-    for time in LENGTHS:
-        near = Part(torch.randn(2, 4, time, 16), torch.rand(2, 4, time) + 0.1, 3 * torch.randn(2, 4, time))
-        read, factor = torch.randn(2, 4, time, 17), 5 * torch.randn(2, 4, time)
-        read[..., -1] = read[..., -1].abs() * (torch.rand(2, 4, time) > 0.3 if not empty else 0)
-        read = read * (read[..., -1:] > 0)
-        found, expected = (_merged(mixer, *arguments) for arguments in ((near, read, factor), _wide_part(near, read, factor)))
-        for own, other in zip(found, expected, strict=True):
-            assert_close(own, other, EXACT[torch.float32], f"{time} tokens")
-    assert set(called) == {"merge_forward", "merge_backward"}
-
-
-def _wide_part(near: Part, read: Tensor, factor: Tensor) -> tuple[Part, Tensor, Tensor]:
-    return Part(near.numerator.double(), near.denominator.double(), near.top.double()), read.double(), factor.double()
-
-
-def _merged(mixer: Mixer, near: Part, read: Tensor, factor: Tensor) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in (read, factor)]
-    if read.dtype == torch.float32:
-        out = native_ops.merge(near.numerator, near.denominator, near.top, *leaves)
-    else:
-        mass = leaves[0][..., -1]
-        far = leaves[0][..., :-1] / torch.where(mass > 0, mass, torch.inf)[..., None]
-        out = mixer.merge(near, far, mass, leaves[1], None)
-    weight = torch.linspace(-1, 1, out.numel()).sin().view_as(out)
-    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
-
-
 # ---- mixers ----
 
 
 def _mixer(spec: MixerSpec) -> Mixer:
     torch.manual_seed(0)
     return randomise(Mixer(spec, SHAPE))
-
-
-def _widened(inputs: Inputs) -> Inputs:
-    names = (*BY_HEAD, "hidden", "cos", "sin")
-    return replace(inputs, **{name: wide(getattr(inputs, name)) for name in names})
 
 
 def _packed(inputs: Inputs, time: int) -> Inputs:
@@ -257,13 +180,13 @@ def test_every_mixer_is_what_it_is_in_float64(name: str) -> None:
     bound = 2e-3  # random maps and gates are steep: what is compared is rounded in float32 on the way in both forms
     for change in (lambda x, _: x, _packed, _padded):
         own = change(inputs, time)
-        found, expected = _with_parameters(mixer, own), _with_parameters(other, _widened(own))
+        found, expected = _with_parameters(mixer, own), _with_parameters(other, widened(own))
         for part in expected:
             assert_close(found[part], expected[part], bound, part)
     if spec.causal and spec.state_dtype == "float32" and not spec.slots:
         with torch.no_grad():
             found_out, state = run(mixer, inputs, [40, 1, 20])
-            expected_out, expected_state = run(other, _widened(inputs), [40, 1, 20])
+            expected_out, expected_state = run(other, widened(inputs), [40, 1, 20])
         assert_close(found_out, expected_out, bound, "in calls")
         if "far" in state:
             assert_close(state["far"], expected_state["far"], bound, "state")
@@ -298,7 +221,7 @@ def test_both_halves_in_one_pass(changes: dict[str, Any], window: int, sinks: in
     with torch.no_grad():
         for sizes in ([700], [1, 2, 66, 130], [300, 1, 1]):
             called.clear()
-            (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, _widened(inputs), sizes)
+            (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, widened(inputs), sizes)
             assert called.count("hybrid_forward") == 1 + sum(size > 1 for size in sizes[1:]) + (sum(sizes) < 699)
             assert deviation(found, expected) < 5e-5
             assert deviation(state["far"], last["far"]) < 5e-5
@@ -310,9 +233,9 @@ def test_rows_of_different_lengths_go_on(called: list[str]) -> None:
     first, more = (random_inputs(SHAPE, time, dtype=torch.float32, softcap=None) for time in (90, 33))
     first = _padded(first, 90)
     with torch.no_grad():
-        states = [m(x, keep=True)[1] for m, x in ((mixer, first), (other, _widened(first)))]
+        states = [m(x, keep=True)[1] for m, x in ((mixer, first), (other, widened(first)))]
         called.clear()
-        found, expected = mixer(more, states[0])[0], other(_widened(more), states[1])[0]
+        found, expected = mixer(more, states[0])[0], other(widened(more), states[1])[0]
     assert called == ["hybrid_forward"]
     assert deviation(found, expected) < 5e-5
 
@@ -323,7 +246,7 @@ def test_weights_of_another_type(called: list[str]) -> None:
     mixer, inputs = _mixer(DEFAULT).bfloat16(), random_inputs(SHAPE, 90, dtype=torch.float32, softcap=None)
     other = _mixer(DEFAULT).bfloat16().double()
     with torch.no_grad():
-        assert deviation(mixer(inputs)[0], other(_widened(inputs))[0]) < 1e-4
+        assert deviation(mixer(inputs)[0], other(widened(inputs))[0]) < 1e-4
     assert "hybrid_forward" not in called
 
 
@@ -337,7 +260,7 @@ def test_what_kernels_do_not_take_pytorch_computes(called: list[str]) -> None:
     for other in (x.double(), x.bfloat16(), x[:0], x.to("meta"), x.as_subclass(type("Own", (Tensor,), {}))):
         assert not native.takes(x, other)
     assert native.takes(x, None)
-    _mixer(DEFAULT).double()(_widened(inputs))
+    _mixer(DEFAULT).double()(widened(inputs))
     assert not called
     with torch.no_grad():
         mixer(inputs)  # with a softcap: the window and the merge of a pass over all stay PyTorch's

@@ -1,4 +1,4 @@
-// One softmax over a near half that is not learnt and a far memory's read, and its gradients.
+// One softmax over a near half and a far memory's read, and its gradients.
 #include "tiles.h"
 
 namespace {
@@ -40,10 +40,10 @@ extern "C" void merge_forward(const float* numerator, const float* denominator, 
   }
 }
 
-// `out` is what the forward pass gave, `grad` its gradient (B, T, H, V).
+// `out` is what the forward pass gave, `grad` its gradient (B, T, H, V); those of the near half may both be null.
 extern "C" void merge_backward(const float* numerator, const float* denominator, const float* top, const float* read,
-                               const float* factor, const float* out, const float* grad, float* grad_read, float* grad_factor,
-                               Index batch, Index heads, Index time, Index width, Index of_batch, Index of_head, Index of_token) {
+                               const float* factor, const float* out, const float* grad, float* grad_numerator,
+                               float* grad_denominator, float* grad_read, float* grad_factor, Index batch, Index heads, Index time, Index width, Index of_batch, Index of_head, Index of_token) {
   const Merge m{numerator, denominator, top, read, factor, batch, heads, time, width, of_batch, of_head, of_token};
 #pragma omp parallel for
   for (Index n = 0; n < batch * heads * time; n++) {
@@ -54,5 +54,8 @@ extern "C" void merge_backward(const float* numerator, const float* denominator,
     for (Index j = 0; j < width; j++) into[j] = own[j] * r.of_far;
     into[width] = -r.of_far * of_out;
     grad_factor[n] = r.of_far * (of_read - r.mass * of_out);
+    if (!grad_numerator) continue;
+    for (Index j = 0; j < width; j++) grad_numerator[n * width + j] = own[j] * r.of_near;
+    grad_denominator[n] = -r.of_near * of_out;
   }
 }

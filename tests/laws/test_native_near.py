@@ -1,0 +1,118 @@
+"""The kernels for the near half and its merge with a memory: what PyTorch computes in float64, in values and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from called_kernels import LENGTHS, SHAPE, needs_kernels, recorded, same_part, wide, widened
+from torch import Tensor
+
+from linearize.modeling import native_ops
+from linearize.modeling.attention import softmax_attention
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.spec import MixerSpec
+from linearize.modeling.window import Part, Scores, near_chunked
+from linearize.testing import random_inputs, randomise
+from linearize.testing.laws import EXACT, assert_close
+
+pytestmark = needs_kernels
+DEFAULT = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=64, sinks=4, far_mass="query")
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called."""
+    return recorded(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+@pytest.mark.parametrize("window, sinks", [(1, 0), (5, 3), (16, 4), (40, 20)])
+def test_window(window: int, sinks: int, kind: str, called: list[str]) -> None:
+    spec = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=window, sinks=sinks, window_kind=kind)
+    for time, (lead, seen) in itertools.product(LENGTHS, ((window, [0, 0]), (spec.recent, [0, 0]), (spec.recent, [3, 100]))):
+        q, k, v = (
+            torch.randn(2, time, 4, 16).transpose(1, 2).unflatten(1, (2, 2)),
+            *(torch.randn(2, 2, lead + time, 16) for _ in "kv"),
+        )
+        sink_k, sink_v = torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16)
+        given = (q, k, v, sink_k, sink_v, torch.tensor(seen), lead, spec, Scores(0.3))
+        for until in (None, torch.tensor(seen) + torch.tensor([time, time // 2])):
+            found, expected = near_chunked(*given, until), near_chunked(*map(wide, given), until)
+            same_part(found[0], expected[0], f"{time} tokens after {seen}")
+            if found[1] is not None and expected[1] is not None:
+                assert_close(found[1], expected[1], EXACT[torch.float32], f"received, {time} tokens after {seen}")
+    assert set(called) == {"window_attend"}
+
+
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+@pytest.mark.parametrize(
+    "window, sinks, dim, width", [(1, 0, 16, 16), (5, 3, 20, 24), (16, 4, 16, 16), (40, 20, 16, 32), (200, 4, 16, 16)]
+)
+def test_gradients_of_a_window(window: int, sinks: int, dim: int, width: int, kind: str, called: list[str]) -> None:
+    """Over several segments, whose keys overlap, and with rows that have seen different numbers of tokens."""
+    spec = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=window, sinks=sinks, window_kind=kind)
+    for time, (lead, seen) in itertools.product((1, 17, 300), ((window, [0, 0]), (spec.recent, [0, 0]), (spec.recent, [3, 1000]))):
+        stream = [torch.randn(2, time, 4, dim).transpose(1, 2).unflatten(1, (2, 2))]
+        stream += [torch.randn(2, 2, n, size) for n in (lead + time, sinks) for size in (dim, width)]
+        rest = (torch.tensor(seen), lead, spec, Scores(0.3))
+        for own, other in zip(_window_gradients(stream, *rest), _window_gradients(list(map(wide, stream)), *rest), strict=True):
+            assert_close(own, other, EXACT[torch.float32], f"{time} tokens after {seen}")
+    assert set(called) == {"window_attend", "window_backward"}
+
+
+def _window_gradients(stream: list[Tensor], *rest: Any) -> list[Tensor]:
+    """Of what a memory of mass 1 would make of the part: its maximum may be any, as long as both forms have the same output."""
+    q, k, v, sink_k, sink_v = leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in stream]
+    part = near_chunked(q, k, v, sink_k, sink_v, *rest)[0]
+    known = part.top.isfinite()
+    scale = torch.where(known, part.top, 0.0).exp()
+    out = part.numerator * (scale / (part.denominator * scale + 1))[..., None]
+    slopes = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out)
+    return list(torch.autograd.grad((out * slopes).sum(), leaves, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("sliding", [None, 1, 20])
+def test_softmax_of_a_whole_text(sliding: int | None, called: list[str]) -> None:
+    for time in LENGTHS:
+        inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
+        inputs = replace(inputs, score=replace(inputs.score, sliding=sliding))
+        expected = softmax_attention(widened(inputs))
+        assert_close(softmax_attention(inputs), expected, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"window_attend"}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_merge(empty: bool, monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
+    """Some memories are empty, and some weigh more, or less, than what they are merged with."""
+    mixer = randomise(Mixer(DEFAULT, SHAPE))
+    for time in LENGTHS:
+        near = Part(torch.randn(2, 4, time, 16), torch.rand(2, 4, time) + 0.1, 3 * torch.randn(2, 4, time))
+        read, factor = torch.randn(2, 4, time, 17), 5 * torch.randn(2, 4, time)
+        read[..., -1] = read[..., -1].abs() * (torch.rand(2, 4, time) > 0.3 if not empty else 0)
+        read = read * (read[..., -1:] > 0)
+        given = near, read, factor
+        found, expected = (_merged(mixer, *arguments) for arguments in (given, _wide_part(*given)))
+        for own, other in zip(found, expected, strict=True):
+            assert_close(own, other, EXACT[torch.float32], f"{time} tokens")
+    assert set(called) == {"merge_forward", "merge_backward"}
+
+
+def _wide_part(near: Part, read: Tensor, factor: Tensor) -> tuple[Part, Tensor, Tensor]:
+    return Part(near.numerator.double(), near.denominator.double(), near.top.double()), read.double(), factor.double()
+
+
+def _merged(mixer: Mixer, near: Part, read: Tensor, factor: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (near.numerator, near.denominator, read, factor)]
+    numerator, denominator, read, factor = leaves
+    if read.dtype == torch.float32:
+        out = native_ops.merge(numerator, denominator, near.top, read, factor)
+    else:
+        mass = read[..., -1]
+        far = read[..., :-1] / torch.where(mass > 0, mass, torch.inf)[..., None]
+        out = mixer.merge(Part(numerator, denominator, near.top), far, mass, factor, None)
+    weight = torch.linspace(-1, 1, out.numel()).sin().view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
