@@ -20,13 +20,13 @@ class Frame:
 
     def __init__(self, spec: MixerSpec, count: Tensor, after: Tensor, time: int, align: int) -> None:
         self.time, self.offset, self.capacity = time, count % align, time + spec.recent
-        self.shifted = bool(self.offset.any())
+        self.shifted = align > 1 and bool(self.offset.any())
         length = time + (align if self.shifted else 0)
         self.place = torch.arange(length + -length % align, device=count.device)
         self.source = self.place - self.offset[:, None]
         self.query = count[:, None] + self.source  # the position of the query at each place
         self.position = self.query - spec.recent
-        enters = self.place - self.place % spec.block  # its block enters whole
+        enters = self.place if spec.block == 1 else self.place - self.place % spec.block  # its block enters whole
         begun = (count - self.offset)[:, None] + enters
         self.valid = (self.position >= spec.sinks) & (begun < after[:, None]) & (enters >= self.offset[:, None])
 
