@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from linearize.errors import ResourceError, UsageError
+from linearize.modeling.native import give_back
 
 Clock = Callable[[], float]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +52,17 @@ def fast_bf16() -> bool:
         or torch.cpu._is_amx_tile_supported()
         or torch.backends.cpu.get_cpu_capability() == "SVE256"
     )
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What is held now stays for as long: the garbage collector's full rounds, at every few steps, do not go through it."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -97,10 +111,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Let `peak_memory` begin again at what is held now; False where the system cannot."""
+    """Let `peak_memory` begin again at what is in use now; False where the system cannot."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         return True
+    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -30,7 +30,10 @@ def check_adapter_apart(directory: Path) -> None:
 
 
 def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto", adapter: bool = True) -> tuple[Any, Any]:
-    """Model (in eval mode) and tokenizer of a linearized checkpoint, with the adapter beside it at work where there is one."""
+    """Model (in eval mode) and tokenizer of a linearized checkpoint, with the adapter beside it at work where there is one.
+
+    On a CPU with kernels this process uses the memory of large tensors again from then on.
+    """
     path = Path(directory)
     made, config = class_of(path)
     where = pick_device(device)

@@ -107,6 +107,12 @@ def keep_memory() -> bool:
     return found is not None
 
 
+def give_back() -> None:
+    """What is kept and not in use goes back to the system."""
+    if keep_memory.cache_info().currsize and keep_memory():
+        call("give_back")
+
+
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 

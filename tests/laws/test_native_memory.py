@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from called_kernels import needs_kernels
@@ -42,6 +43,7 @@ assert small.data_ptr() != where
 """)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux what lies in memory")
 def test_it_is_bounded_by_what_was_in_use() -> None:
     """Blocks of ever other sizes, one at a time: what is kept of them is half of the largest at most."""
     holds("""
@@ -49,6 +51,19 @@ start = mapped()
 for size in range(100, 40, -2):
     made(size * MB)
     assert mapped() - start < 155 * MB, (size, (mapped() - start) / MB)
+""")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux what lies in memory")
+def test_it_can_be_given_back() -> None:
+    holds("""
+from linearize.modeling.native import give_back
+start = mapped()
+held = [made(100 * MB) for _ in range(3)]
+del held[0], held[0]
+assert mapped() - start > 250 * MB
+give_back()
+assert mapped() - start < 150 * MB and bool((held[0] == 1).all())
 """)
 
 

@@ -3,6 +3,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <list>
 #include <map>
 #include <mutex>
@@ -68,6 +69,12 @@ class Blocks {
     return block.data;
   }
 
+  void give_back() {
+    const std::lock_guard<std::mutex> guard(lock);
+    while (spare) drop();
+    most = in_use;
+  }
+
   // Whether it was one of these blocks.
   bool give(void* data) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -101,3 +108,5 @@ struct Keeping final : c10::Allocator {
 }  // namespace
 
 extern "C" void keep_memory() { c10::SetCPUAllocator(new Keeping); }
+
+extern "C" void give_back() { blocks().give_back(); }
