@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from linearize.errors import ResourceError, UsageError
-from linearize.modeling.native import give_back
 
 Clock = Callable[[], float]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,11 +110,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Let `peak_memory` begin again at what is in use now; False where the system cannot."""
+    """Let `peak_memory` begin again at what is held now; False where the system cannot."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         return True
-    give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

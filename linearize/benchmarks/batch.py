@@ -14,6 +14,7 @@ from linearize.benchmarks.subject import Subject, open_subject
 from linearize.devices import forget_peak, held_memory, machine_memory, peak_memory
 from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.timing import in_turn
+from linearize.modeling.native import give_back
 from linearize.modeling.spec import Shape
 from linearize.progress import Progress, silent
 
@@ -50,6 +51,7 @@ def batch(subject: Subject, sizes: Sequence[int], context: int, steps: int) -> d
     rows, ratios = [], []
     for done, size in enumerate(sizes):
         subject.progress("bench: batch", done, len(sizes), sequences=size)
+        give_back()
         known = forget_peak(subject.device)
         kv, ids = kv_bytes(subject, size * context), subject.text(1, batch=size)
         readers = {name: copies(*own, size) for name, own in made.items() if name == STUDENT or kv <= limit}

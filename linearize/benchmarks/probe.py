@@ -23,6 +23,7 @@ from linearize.errors import ResourceError
 from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.speed import random_ids
 from linearize.loading import load
+from linearize.modeling.native import give_back
 from linearize.serving.session import Session, Settings
 
 ANSWER = 8  # tokens that each turn of a talk is answered with
@@ -56,6 +57,7 @@ def loaded(settings: dict[str, Any]) -> tuple[Any, Any, Answer]:
     model, tokenizer = load(settings["directory"], dtype=settings["dtype"], device=settings["device"])
     gc.collect()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    give_back()
     known = forget_peak(model.device)
     return model, tokenizer, {"weights": weights, "loaded": held_memory(model.device), "loading_counts": not known}
 
