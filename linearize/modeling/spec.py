@@ -48,8 +48,8 @@ WHOLE_NUMBERS = (
     "window", "sinks", "slots", "more_slots", "conv", "feature_dim", "gate_rank", "experts", "active", "max_length", "null_logits",
 )  # fmt: skip
 SCALE_BYTES = 2  # behind the codes of a vector in int8
-BLOCK = 32  # channels that share their bounds in int4
-BOUNDS_BYTES = 4  # least and greatest of a block, in bf16
+BLOCK = 32  # channels that share a scale and an offset in int4
+BOUNDS_BYTES = 2  # scale and offset of a block
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -115,7 +115,7 @@ class MixerSpec:
     conv_silu: bool = False  # SiLU after it
     state_dtype: str = "float32"
     kv_dtype: str = "model"  # of exact keys and values: as the model computes them, or int8 with a scale a token and head
-    slot_dtype: str = "kv"  # of those in slots: as the exact ones, or int4 with bounds a token, head and 32 channels
+    slot_dtype: str = "kv"  # of those in slots: as the exact ones, or int4 with a scale and an offset a token, head and 32 channels
     causal: bool = True  # false: an encoder's layer, whose tokens all enter the memory before any of them reads it
 
     @classmethod
@@ -271,7 +271,7 @@ def is_causal(plan: Mapping[str, Any]) -> bool:
 
 
 def int4_width(channels: int) -> int:
-    """Bytes of a vector in int4: two channels a byte, and the bounds of its blocks."""
+    """Bytes of a vector in int4: two channels a byte, and scales and offsets of its blocks."""
     return channels // 2 + -(-channels // BLOCK) * BOUNDS_BYTES
 
 

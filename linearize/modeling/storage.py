@@ -19,7 +19,10 @@ from .native_slots import keep, read, read_back, reads
 from .spec import BLOCK, SCALE_BYTES, channels_of_int4
 
 LEVELS = 127
-STEPS = 15  # between the bounds of a block in int4
+STEPS, FURTHEST = 15, 113  # in steps what a block in int4 spans, in half steps how far its middle is: less 15 still 8 bits
+FIRST, CUT = 127 - 20 << 3, 20  # scales of 8 bits are the upper bits of floats from 2^-20 on: 5 of exponent, 3 of mantissa
+NEAREST, WHOLE_POWER = 1 << CUT - 1, (1 << 23) - 1  # to the nearest scale, to the power of two that is not less
+INFINITE, NO_NUMBER = 0x7F800000, 255  # the bits of infinity, and the scale of blocks that are not all finite
 EIGHT, FOUR = torch.int8, torch.uint8  # what a state's dtype says of its storage
 Change = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -27,8 +30,8 @@ Change = Callable[[Tensor, torch.dtype], Tensor]
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., D) as `dtype` holds it, int8 or uint8 (int4); the gradient passes straight through.
 
-    int8: s round(x / s), s = max |x| / 127 in bf16. int4, in blocks of 32 channels: lo + c (hi - lo) / 15, c = 0 .. 15 the
-    nearest, lo and hi the least and the greatest x in bf16 (as Q4_1 of GGUF).
+    int8: s round(x / s), s = max |x| / 127 in bf16. int4, in blocks of 32 channels: s (c + z / 2), c = 0 .. 15 the nearest, s a
+    fifteenth of what x spans in 5 bits of exponent and 3 of mantissa, z an offset of 8 bits.
     """
     if takes_frozen(x):
         return read_back(x, dtype == FOUR)
@@ -77,22 +80,34 @@ def opened_tokens(tokens: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str,
 
 
 def _packed(x: Tensor) -> Tensor:
-    """(..., D / 2 + 4 blocks): channel c in the low half of byte c, c + D / 2 in the high one; then each block's two bounds.
-
-    The least channel of a block has code 0 and the greatest 15, whatever bf16 makes of the bounds, so that these are found again.
-    """
+    """(..., D / 2 + 2 blocks): channel c in the low half of byte c, c + D / 2 in the high one; then a block's scale and offset."""
     channels = x.shape[-1]
     short = -channels % BLOCK
     filled = x if not short else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], short)], dim=-1)
-    blocks = filled.unflatten(-1, (-1, BLOCK))
+    blocks = filled.unflatten(-1, (-1, BLOCK)).to(torch.promote_types(x.dtype, torch.float32))
     least, greatest = blocks.aminmax(dim=-1, keepdim=True)
-    bounds = torch.cat([least, greatest], dim=-1).to(torch.bfloat16)
-    low, high = bounds.to(x.dtype).split(1, dim=-1)
-    step = (high - low) / STEPS
-    codes = ((blocks - low) / torch.where(step > 0, step, 1.0)).round().clamp(0, STEPS)
-    codes = codes.masked_fill(blocks == greatest, STEPS).masked_fill((blocks == least) | (step == 0), 0)
+    scale, offset, top = _fitted(least, greatest)
+    step = _step(scale, blocks.dtype)
+    codes = ((blocks - step * offset / 2) / torch.where(step > 0, step, 1.0)).round().clamp(min=0).minimum(top)
+    codes = codes.where(blocks != greatest, top).masked_fill(blocks == least, 0)
     first, second = codes.flatten(-2)[..., :channels].to(FOUR).chunk(2, dim=-1)
-    return torch.cat([first | (second << 4), bounds.flatten(-2).contiguous().view(FOUR)], dim=-1)
+    bounds = torch.cat([scale.to(FOUR), offset.to(EIGHT).view(FOUR)], dim=-1)
+    return torch.cat([first | (second << 4), bounds.flatten(-2)], dim=-1)
+
+
+def _fitted(least: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Byte of the scale, offset, and code of the greatest channel, of blocks (..., 1); the least has code 0.
+
+    That code is 15, but where so large an offset needs a larger scale. So the span and the middle of what is stored are those of
+    scale and offset to the bit, and from them these are found again.
+    """
+    span, twice = greatest - least, greatest + least  # twice the middle is a whole number of steps
+    scale = torch.maximum(_scale_of(span / STEPS, NEAREST), _scale_of(twice.abs() / FURTHEST, WHOLE_POWER) & ~7)
+    step = _step(scale, span.dtype)
+    by = torch.where(step > 0, step, 1.0)
+    top = torch.where(span > (STEPS - 1) * step, STEPS, (span / by).round()).where(step > 0, 0)
+    most = (8 * FURTHEST // (8 + (scale & 7))).to(step.dtype)  # rounded beyond, it would ask for a larger scale when it comes again
+    return scale, (twice / by).round().clamp(-most, most) - top, top
 
 
 def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,6 +116,21 @@ def _unpacked(x: Tensor, dtype: torch.dtype) -> Tensor:
     codes = torch.cat([packed & STEPS, packed >> 4], dim=-1).to(dtype)
     short = -2 * half % BLOCK
     codes = torch.nn.functional.pad(codes, (0, short)) if short else codes
-    low, high = bounds.contiguous().view(torch.bfloat16).to(dtype).unflatten(-1, (-1, 2, 1)).unbind(-2)
-    found = torch.lerp(low, high, codes.unflatten(-1, (-1, BLOCK)) / STEPS).flatten(-2)  # exact at both ends
+    scale, offset = bounds.unflatten(-1, (-1, 2, 1)).unbind(-2)
+    whole = 2 * codes.unflatten(-1, (-1, BLOCK)) + offset.contiguous().view(EIGHT).to(dtype)
+    found: Tensor = (_step(scale.to(torch.int32), dtype) / 2 * whole).flatten(-2)
     return found[..., : 2 * half] if short else found
+
+
+def _scale_of(x: Tensor, more: int) -> Tensor:
+    """The byte of a scale x >= 0: its eighths of a power of two beyond 2^-20, once `more` is added to the bits that are cut off."""
+    bits = x.float().contiguous().view(torch.int32).clamp(0, INFINITE)
+    found: Tensor = (bits + more >> CUT) - FIRST
+    return found.clamp(0, NO_NUMBER - 1).masked_fill(~x.isfinite(), NO_NUMBER)
+
+
+def _step(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of a byte, an int32 here."""
+    bits: Tensor = scale + FIRST << CUT
+    found = bits.view(torch.float32).masked_fill(scale == 0, 0.0)
+    return found.masked_fill(scale == NO_NUMBER, torch.nan).to(dtype)

@@ -288,18 +288,25 @@ def eight_bits(x: Tensor) -> Tensor:
     """Vectors of x (..., D) in 255 steps of their own size, which is a bf16 number; the gradient does not see it."""
     step = (x.detach().abs().max(-1, keepdim=True).values / 127).bfloat16().to(x)
     near = torch.where(step == 0, 0.0, (x.detach() / step).round().clamp(-127, 127) * step)
-    return x + near - x.detach()
+    return near + (x - x.detach())  # to the bit: many of these are halves between two codes of 4 bits
 
 
 def four_bits(x: Tensor) -> Tensor:
-    """Each 32 channels of x (..., D) in 15 steps from their least to their greatest, in bf16; the gradient does not see it."""
+    """Each 32 channels of x (..., D) as a scale times whole numbers and halves; the gradient does not see it."""
     near = x.detach().clone()
     for begin in range(0, x.shape[-1], 32):
         block = near[..., begin : begin + 32]
-        low, high = (end.bfloat16().to(x)[..., None] for end in (block.min(-1).values, block.max(-1).values))
-        share = torch.where(high == low, 0.0, ((block - low) / (high - low) * 15).round().clamp(0, 15) / 15)
-        near[..., begin : begin + 32] = low * (1 - share) + high * share
-    return x + near - x.detach()
+        low, high = block.min(-1).values[..., None], block.max(-1).values[..., None]
+        fine, exponent = torch.frexp(((high - low) / 15).float())
+        step = torch.ldexp((16 * fine + 0.5).floor() / 16, exponent).to(x)  # three bits behind the leading one
+        power = torch.exp2(((low + high).abs() / 113).clamp(min=2.0**-40).log2().ceil())  # a scale that reaches so far an offset
+        step = torch.maximum(step, power)
+        top = torch.where(high - low > 14 * step, 15, ((high - low) / step).round())
+        offset = ((low + high) / step).round() - top
+        codes = ((block - offset / 2 * step) / step).round().clamp(min=0).minimum(top)
+        codes = torch.where(block == high, top, codes).masked_fill(block == low, 0)
+        near[..., begin : begin + 32] = torch.where(step < 2.0**-20, 0.0, (codes + offset / 2) * step)
+    return near + (x - x.detach())
 
 
 def compete(slots: dict[int, float], j: int, score: float, size: int) -> int | None:

@@ -209,12 +209,14 @@ def test_mixers_with_slots(changes: dict[str, Any], ablate: str | None, by_torch
 
 
 def _numbers(channels: int) -> Tensor:
-    """Large and small ones, equal ones, halves between two codes, zeros, blocks of hardly any range, and beyond any."""
+    """Large and small ones, equal ones, halves between two codes, zeros, blocks of hardly any range, far off, and beyond any."""
     x = torch.randn(40, 3, channels) * torch.logspace(-30, 30, 40)[:, None, None]
     x[1], x[2], x[3] = 0.0, -7.3, torch.randint(-2, 3, x[3].shape).float()
     x[4] = 1 + torch.randint(2, x[4].shape) * 2.0**-20
     x[5] = torch.randint(31, x[5].shape) / 2
     x[5, :, 0], x[5, :, 1] = 0.0, 15.0
+    x[8] = 1.625 * 34.76  # as far off as an offset of 8 bits goes, by 0.02 of half a step
+    x[8, :, 0], x[8, :, 1] = 1.625 * (34.76 - 7.5), 1.625 * (34.76 + 7.5)
     x[6], x[7] = torch.randn(3, channels) * 1e-40, torch.where(torch.rand(3, channels) < 0.5, 3.4e38, -3.4e38)
     return x
 

@@ -19,7 +19,7 @@ from linearize.testing.models import tiny_shape
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rounded_values_are_stored_without_loss(dtype: torch.dtype, stored: torch.dtype, channels: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(500, channels, dtype=dtype) * torch.logspace(-6, 4, 500, dtype=dtype)[:, None]
+    x = torch.randn(500, channels, dtype=dtype) * torch.logspace(-3, 4, 500, dtype=dtype)[:, None]
     x[3] = 0
     x[4, 1:] = 0
     x[5:20] += 1000 * torch.arange(15)[:, None]  # all near to one another beside their size
@@ -28,15 +28,41 @@ def test_rounded_values_are_stored_without_loss(dtype: torch.dtype, stored: torc
     assert torch.equal(opened(kept(x, stored), dtype), once)
     assert torch.equal(kept(once, stored), kept(x, stored))
     assert torch.equal(rounded(once, stored), once)
-    size, reach = x.abs().amax(-1, keepdim=True), x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)
-    step = size / 127 if stored == EIGHT else reach / 15
-    assert ((once - x).abs() <= 0.5 * step + size * 2**-8).all()
+    least, greatest, size = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), x.abs().amax(-1, keepdim=True)
+    span, twice = greatest - least, (greatest + least).abs()
+    wide = 0.8 * span / 15 + torch.where(twice < 4 * span, 0.0, size / 37) + 2**-14  # 3 bits; far from zero; the least scale
+    bound = size * (0.5 / 127 + 2**-8) if stored == EIGHT else wide
+    assert ((once - x).abs() <= bound).all()
 
 
-def test_four_bits_have_bounds_for_each_32_channels() -> None:
+def test_four_bits_have_a_scale_for_each_32_channels() -> None:
     x = torch.cat([torch.randn(7, 32), 1000 * torch.randn(7, 32)], dim=-1)
-    assert kept(x, FOUR).shape == (7, int4_width(64)) == (7, 32 + 8)
+    assert kept(x, FOUR).shape == (7, int4_width(64)) == (7, 32 + 4)
     assert ((rounded(x, FOUR) - x)[:, :32].abs() < 0.25).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blocks_far_from_zero_beside_their_span_are_stored_without_loss(dtype: torch.dtype) -> None:
+    """Middles up to where an offset ends and beyond, at every mantissa of a scale; spans down to none."""
+    torch.manual_seed(0)
+    scale, middle = torch.arange(8, 16)[:, None, None, None] / 8, torch.arange(-130, 130, 0.125)[:, None, None]
+    spread = torch.tensor([7.5, 3.0, 0.4, 0.0])[:, None] * torch.cat([-torch.ones(1), 2 * torch.rand(30) - 1, torch.ones(1)])
+    x = (scale * (middle / 2 + spread)).to(dtype)
+    once = kept(x, FOUR)
+    assert torch.equal(kept(opened(once, dtype), FOUR), once)
+    assert ((opened(once, dtype) - x).abs() <= 0.75 * 2 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scales_end_somewhere(dtype: torch.dtype) -> None:
+    """Too small is nothing, too large the largest, what is not finite not a number."""
+    x = torch.randn(4, 32, dtype=dtype)
+    x[0], x[1], x[2, 3], x[3, 4] = 1e-9 * x[0], 1e7 * x[1].sign(), torch.inf, torch.nan
+    found = opened(kept(x, FOUR), dtype)
+    assert (found[0] == 0).all()
+    assert torch.equal(kept(found[:2], FOUR)[1], kept(x, FOUR)[1])
+    assert found[1].unique().numel() == 2
+    assert found[2:].isnan().all()
 
 
 @pytest.mark.parametrize("stored", [EIGHT, FOUR])

@@ -1,10 +1,12 @@
-// How exact keys and values are stored, as storage.py has it, bit for bit: 8 bits a channel, or 4 between two bounds a block.
+// How exact keys and values are stored, as storage.py has it, bit for bit: 8 bits a channel, or 4 with a scale and an offset a block.
 #pragma once
 #include "tiles.h"
 
 namespace storage {
 
-constexpr Index BLOCK = 32, STEPS = 15, LEVELS = 127;
+constexpr Index BLOCK = 32, LEVELS = 127;
+constexpr int32_t STEPS = 15, FURTHEST = 113, CUT = 20, FIRST = (127 - 20) << 3, NO_NUMBER = 255;
+constexpr int32_t NEAREST = 1 << (CUT - 1), WHOLE_POWER = (1 << 23) - 1;
 constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: to add and take it rounds to the nearest integer, of two the even one
 
 // bfloat16 as the upper half of a float: rounded to the nearest, of two the even one.
@@ -26,37 +28,51 @@ inline float widen(uint16_t half) { return as_float(int32_t(uint32_t(half) << 16
 // The bits of floats as integers of the same order, or back; what is not a number comes last, or first.
 inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & INT32_MAX); }
 
-// The values of codes between two bounds.
-inline void interpolate(const float* codes, float low, float high, float* values) {
-  const float apart = high - low;
-  for (Index i = 0; i < BLOCK; i++) {
-    const float weight = codes[i] / STEPS, rising = std::fma(weight, apart, low), falling = std::fma(weight - 1, apart, high);
-    values[i] = weight < 0.5f ? rising : falling;
-  }
+// The byte of a scale x >= 0: its eighths of a power of two beyond 2^-20, once `more` is added to the bits that are cut off.
+inline int32_t scale_of(float x, int32_t more) {
+  if (!(x < INFINITY)) return NO_NUMBER;
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return std::min(std::max(((bits + more) >> CUT) - FIRST, 0), NO_NUMBER - 1);
 }
 
-// Codes of a block of x, and its bounds.
-inline void divide(const float* x, float* codes, uint16_t* bounds) {
+inline float step_of(int32_t scale) {
+  return scale == NO_NUMBER ? NAN : scale == 0 ? 0.0f : as_float((scale + FIRST) << CUT);
+}
+
+// The values of a block's codes.
+inline void spread(const float* codes, const uint8_t* bounds, float* values) {
+  const float half = step_of(bounds[0]) / 2, offset = int8_t(bounds[1]);
+  for (Index i = 0; i < BLOCK; i++) values[i] = half * (2 * codes[i] + offset);
+}
+
+// Codes of a block of x, its scale and its offset.
+inline void divide(const float* x, float* codes, uint8_t* bounds) {
   int32_t first = INT32_MAX, last = INT32_MIN;
   for (Index i = 0; i < BLOCK; i++) {
     int32_t bits;
     std::memcpy(&bits, x + i, sizeof bits);
     first = std::min(first, ordered(bits)), last = std::max(last, ordered(bits));
   }
-  const float least = as_float(ordered(first)), greatest = as_float(ordered(last));
-  bounds[0] = shorten(least), bounds[1] = shorten(greatest);
-  const float low = widen(bounds[0]), step = (widen(bounds[1]) - low) / STEPS;
-  const Vector by = all(step > 0 ? step : 1), none = Vector{}, full = all(STEPS);
+  const float least = as_float(ordered(first)), greatest = as_float(ordered(last)), span = greatest - least, twice = greatest + least;
+  const int32_t scale = std::max(scale_of(span / STEPS, NEAREST), scale_of(std::fabs(twice) / FURTHEST, WHOLE_POWER) & ~7);
+  const float step = step_of(scale), most = 8 * FURTHEST / (8 + (scale & 7));
+  float top = 0, offset = 0, by = 1;
+  if (step > 0) {
+    by = step, top = span > (STEPS - 1) * step ? STEPS : (span / by + WHOLE) - WHOLE;
+    offset = (std::min(std::max(twice / by, -most), most) + WHOLE) - WHOLE - top;
+  }
+  bounds[0] = uint8_t(scale), bounds[1] = uint8_t(int8_t(offset));
+  const Vector low = all(step * offset / 2), none = Vector{}, full = all(top);
   for (Index i = 0; i < BLOCK; i += LANES) {
     const Vector v = load(x + i), code = larger((v - low) / by, none);  // what is not a number: 0
     const Vector whole = ((code < full ? code : full) + WHOLE) - WHOLE, filled = v == all(greatest) ? full : whole;
     store(codes + i, v == all(least) ? none : filled);
   }
-  if (step == 0) std::fill_n(codes, BLOCK, 0.0f);
 }
 
 struct Four {
-  static Index bytes(Index channels) { return channels / 2 + (channels + BLOCK - 1) / BLOCK * 2 * sizeof(uint16_t); }
+  static Index bytes(Index channels) { return channels / 2 + (channels + BLOCK - 1) / BLOCK * 2; }
 
   // Either of `bytes` and `values` may be null.
   static void keep(const float* x, Index channels, uint8_t* bytes, float* values, std::vector<float>& held) {
@@ -65,9 +81,9 @@ struct Four {
     std::memcpy(filled, x, channels * sizeof(float));
     std::fill(filled + channels, filled + blocks * BLOCK, x[channels - 1]);
     for (Index b = 0; b < blocks; b++) {
-      uint16_t bounds[2];
+      uint8_t bounds[2];
       divide(filled + b * BLOCK, codes + b * BLOCK, bounds);
-      if (values) interpolate(codes + b * BLOCK, widen(bounds[0]), widen(bounds[1]), found + b * BLOCK);
+      if (values) spread(codes + b * BLOCK, bounds, found + b * BLOCK);
       if (bytes) std::memcpy(bytes + half + b * sizeof bounds, bounds, sizeof bounds);
     }
     for (Index c = 0; bytes && c < half; c++) bytes[c] = uint8_t(int32_t(codes[c]) | int32_t(codes[c + half]) << 4);
@@ -79,11 +95,7 @@ struct Four {
     float *codes = room(held, 2 * blocks * BLOCK), *found = codes + blocks * BLOCK;
     for (Index c = 0; c < half; c++) codes[c] = bytes[c] & STEPS, codes[c + half] = bytes[c] >> 4;
     std::fill(codes + channels, codes + blocks * BLOCK, 0.0f);
-    for (Index b = 0; b < blocks; b++) {
-      uint16_t bounds[2];
-      std::memcpy(bounds, bytes + half + b * sizeof bounds, sizeof bounds);
-      interpolate(codes + b * BLOCK, widen(bounds[0]), widen(bounds[1]), found + b * BLOCK);
-    }
+    for (Index b = 0; b < blocks; b++) spread(codes + b * BLOCK, bytes + half + 2 * b, found + b * BLOCK);
     std::memcpy(values, found, channels * sizeof(float));
   }
 };
