@@ -32,7 +32,7 @@ pytestmark = [
 PROMPT, ANSWER, CALIBRATION = 300, 256, 256
 SHORT, LONG = 512, 4096
 EXACT_PROMPT, EXACT_STEPS = 150, 12
-LOGITS, EXACT = 1e-3, 1e-8
+LOGITS, EXACT = 1e-3, 1e-6  # its norms round to float32 even in fp64: a hair from a boundary, two forms fall on either side
 NOISE, DRAWS = 10.0, 8
 SOFTMAX = 1e-4
 
