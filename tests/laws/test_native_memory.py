@@ -34,9 +34,9 @@ x = made(40 * MB)
 where = x.data_ptr()
 del x
 y = made(39 * MB, 2)
-assert y.data_ptr() == where and bool((y == 2).all())
+assert y.data_ptr() == where and int(y[-1]) == 2  # comparisons of all would leave blocks of their own
 z = made(40 * MB, 3)
-assert z.data_ptr() != where and bool((y == 2).all()) and bool((z == 3).all())
+assert z.data_ptr() != where and int(y[-1]) == 2 and int(z[-1]) == 3
 del y
 small = made(20 * MB)  # not in a block that is much larger
 assert small.data_ptr() != where
