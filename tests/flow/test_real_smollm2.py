@@ -81,7 +81,7 @@ def stepwise(model: Any, ids: Tensor, prompt: int) -> Tensor:
 
 
 def exactly(model: Any) -> Any:
-    """The model in fp64, its norms too: transformers' round to fp32, where a hair tells on which side of a boundary a number falls."""
+    """The model in fp64, its norms too: transformers' round to fp32, where a hair tells to which side a number goes."""
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
             module.forward = partial(
