@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +49,6 @@ def fast_bf16() -> bool:
         or torch.cpu._is_amx_tile_supported()
         or torch.backends.cpu.get_cpu_capability() == "SVE256"
     )
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """What is held now stays for as long: the garbage collector's full rounds, at every few steps, do not go through it."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -24,7 +24,6 @@ from linearize.benchmarks.training import (
     with_adapter,
 )
 from linearize.conversion.blocks import recomputing
-from linearize.devices import settled
 from linearize.evaluation.timing import in_turn
 from linearize.methods.base import ATTENTION, LORA, Stage
 from linearize.progress import Progress, silent
@@ -111,8 +110,7 @@ def compared(subject: Subject, runs: Mapping[str, Run], kind: str, sequence: int
     """Rows of runs over as many tokens each, and the throughput of each over that of the last, which is not converted."""
     read = weight_bytes(subject.model)
     work = {name: counted(run, read) for name, run in runs.items()}
-    with settled():  # as a stage's steps are
-        seconds = in_turn(runs, repeats, subject.clock)
+    seconds = in_turn(runs, repeats, subject.clock)
     rows = [row(name, seconds[name], work[name], sequence, length=sequence) for name in runs]
     *own, base = runs
     ratios = {name: seconds[base].median / seconds[name].median for name in own}
@@ -129,7 +127,7 @@ def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, rep
         if not runs:
             continue
         a_token = {}
-        with recomputing(model), settled():
+        with recomputing(model):
             for done, (length, run) in enumerate(runs.items()):
                 subject.progress(f"bench: {name} by length", done, len(runs), length=length)
                 work = counted(run, weight_bytes(model))

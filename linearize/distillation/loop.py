@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import Tensor, nn
 
-from linearize.devices import peak_memory, settled
+from linearize.devices import peak_memory
 from linearize.distillation.guard import IN_A_ROW, SKIPPED, Guard, check_finite, drawn, worst_layer
 from linearize.distillation.launching import check_joined, meant
 from linearize.distillation.metrics import append, forget_after, worst
@@ -147,7 +147,7 @@ class Trainer:
         if step == 0:
             self._save(optimizer, 0)
         saved = began
-        with self._signals(), settled():
+        with self._signals():
             while step < self.schedule.steps:
                 loss = self._step(optimizer, rates, step)
                 if self.guard.saw(loss):
