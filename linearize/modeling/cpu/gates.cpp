@@ -3,8 +3,6 @@
 
 namespace {
 
-constexpr float LOG2E = 1.44269504f;
-
 // y (B, T, H F) with `step` numbers from a token to the next, bias (H F) or null; F a multiple of WIDTH.
 struct Gate {
   const float *y, *bias;

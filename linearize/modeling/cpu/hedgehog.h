@@ -2,8 +2,6 @@
 #pragma once
 #include "tiles.h"
 
-constexpr float LOG2E = 1.44269504f;
-
 // out = softmax(sign * y) of one row of `width` numbers.
 inline void soften(const float* y, float sign, Index width, float* out) {
   Vector most = load(y) * sign;

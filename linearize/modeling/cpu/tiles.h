@@ -13,6 +13,7 @@ constexpr int LANES = 16, TALL = 8;  // of a vector; rows that are multiplied at
 constexpr int LANES = 8, TALL = 4;
 #endif
 constexpr Index TILE = 16;  // queries at once
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr int WIDTH = 16;   // rows of numbers are filled up to a multiple of it, whatever the vectors
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES), aligned(4)));

@@ -8,6 +8,16 @@ struct Packed {
   const float *values, *sink_values;
 };
 
+// Which of the keys from j on, LANES of them, a query sees: sinks first, filled up, then those of a window.
+struct Visible {
+  Mask lane;
+  int32_t sinks, sink_width, least, most;
+  Mask operator()(Index j) const {
+    const Mask at = lane + int32_t(j);
+    return j < sink_width ? at < sinks : (at >= least) & (at <= most);
+  }
+};
+
 struct Window {
   Index time, lead, dim, width, sinks, size, terraced;  // `size` tokens, `width` channels of a value
   float scale;                                         // of scores of base 2
@@ -19,6 +29,16 @@ struct Window {
     const Index position = seen + i;
     const Index begin = terraced ? (position / size - 1) * size : position - size + 1;
     return std::max<Index>(std::max(begin, sinks) - seen + lead, 0);
+  }
+
+  // What query i sees after `seen` tokens, of the sinks and the keys from `from` on.
+  Visible shown(Index seen, Index i, Index from) const {
+    Visible s;
+    for (int n = 0; n < LANES; n++) s.lane[n] = n;
+    const Index shift = up(sinks) - from;
+    s.sinks = std::min(sinks, seen + i + 1), s.sink_width = up(sinks);
+    s.least = first(seen, i) + shift, s.most = lead + i + shift;
+    return s;
   }
 
   Packed pack(const float* k, const float* v, const float* sink_k, const float* sink_v, float* into) const {
@@ -63,23 +83,15 @@ struct Received {
 inline void attend(const Window& w, const Packed& own, const float* queries, Index step, Index seen, Index start, Index rows,
                    float* out, float* denominator, float* top, std::vector<float>& scratch, Received received = {}) {
   const Index last = w.lead + start + rows - 1, from = w.first(seen, start) / WIDTH * WIDTH, length = last + 1 - from;
-  const Index sink_width = up(w.sinks), width = sink_width + up(length), wide = up(w.width), shift = sink_width - from;
+  const Index sink_width = up(w.sinks), width = sink_width + up(length), wide = up(w.width);
   float *q = room(scratch, TILE * (w.dim + width) + up(length)), *s = q + TILE * w.dim, *shares = s + TILE * width;
   std::fill_n(shares, received.most ? length : 0, 0.0f);
   for (Index i = 0; i < rows; i++)
     for (Index d = 0; d < w.dim; d++) q[i * w.dim + d] = queries[i * step + d] * w.scale;
   product({q, w.dim, 1}, own.sink_keys, rows, sink_width / LANES, w.dim, s, width, false);
   product({q, w.dim, 1}, own.keys.from(from / LANES), rows, up(length) / LANES, w.dim, s + sink_width, width, false);
-  Mask lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
   for (Index i = 0; i < rows; i++) {
-    const int32_t shown = std::min(w.sinks, seen + start + i + 1), least = w.first(seen, start + i) + shift;
-    const int32_t most = w.lead + start + i + shift;
-    const auto visible = [&](Index j) {
-      const Mask at = lane + int32_t(j);
-      return j < sink_width ? at < shown : (at >= least) & (at <= most);
-    };
-    soften(s + i * width, width, visible, denominator + i, top + i);
+    soften(s + i * width, width, w.shown(seen, start + i, from), denominator + i, top + i);
     const Index far = received.most && start + i < received.real ? w.lead + start + i - from - w.size / 8 : 0;  // keys far enough
     for (Index j = 0; j < far; j++) shares[j] = std::max(shares[j], s[i * width + sink_width + j] / denominator[i]);
   }

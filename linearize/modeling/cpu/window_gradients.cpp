@@ -4,7 +4,6 @@
 namespace {
 
 constexpr Index SEGMENT = 128;  // queries whose keys' gradients are summed in one place
-constexpr float LN2 = 0.693147181f;
 
 struct Call {
   Window w;
@@ -57,15 +56,11 @@ void tile(const Call& c, const Sides& own, Index p, Index r, Index start, Index 
   product({q, deep, 1}, own.keys.from(skip / LANES), rows, up(length) / LANES, w.dim, scores + sink_width, width, false);
   product({grad, wide, 1}, own.sink_values, rows, sink_width / LANES, w.width, slopes, width, false);
   product({grad, wide, 1}, own.values.from(skip / LANES), rows, up(length) / LANES, w.width, slopes + sink_width, width, false);
-  Mask lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
   for (Index i = 0; i < rows; i++) {
-    const int32_t shown = std::min(w.sinks, seen + start + i + 1), shift = sink_width - begin;
-    const int32_t least = w.first(seen, start + i) + shift, most = w.lead + start + i + shift;
+    const Visible visible = w.shown(seen, start + i, begin);
     const float base = std::max(c.top[row + i], -3.0e38f), mass = c.grad_mass[row + i];
     for (Index j = 0; j < width; j += LANES) {
-      const Mask at = lane + int32_t(j), visible = j < sink_width ? at < shown : (at >= least) & (at <= most);
-      const Vector x = load(scores + i * width + j) * w.scale - base, weight = visible ? power_of_two(x) : Vector{};
+      const Vector x = load(scores + i * width + j) * w.scale - base, weight = visible(j) ? power_of_two(x) : Vector{};
       store(scores + i * width + j, weight);
       store(slopes + i * width + j, weight * (load(slopes + i * width + j) + mass) * (w.scale * LN2));
     }
