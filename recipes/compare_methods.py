@@ -32,8 +32,9 @@ from linearize.methods.base import CALIBRATED, STARTS
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import layout, stages_of
 from linearize.modeling.attention import LinearizedAttention, set_mode
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import ablated, attentions, mode, observed
+from linearize.modeling.stream import Inputs
 from linearize.serving.generate import Generator, Settings
 
 SEQUENCE, SEED, CLIP = 1024, 0, 1.0

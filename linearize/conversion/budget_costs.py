@@ -25,9 +25,10 @@ from linearize.conversion.streaming import asking, started_rows
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import Place
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import MixerSpec, Shape
+from linearize.modeling.stream import Inputs
 from linearize.progress import Progress
 from linearize.ranges import span
 

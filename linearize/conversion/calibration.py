@@ -14,8 +14,9 @@ from linearize.methods.base import Method
 from linearize.methods.calibration import Calibration, relative_error
 from linearize.methods.slot_fit import ScoreFit, set_rates
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import mode, observed
+from linearize.modeling.stream import Inputs
 from linearize.progress import Progress
 
 SEEDS = 2**62

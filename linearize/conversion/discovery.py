@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from linearize.conversion.architectures import COMMON, SEPARATE, Architecture
 from linearize.conversion.detection import NO_INTERFACE, refused
 from linearize.modeling.attention import scores_of, softmax_attention
-from linearize.modeling.mixer import Inputs
 from linearize.modeling.rope import ROPES, unrotate
+from linearize.modeling.stream import Inputs
 
 PROBE = "linearize_probe"
 LENGTH, VOCABULARY, LAYERS = 12, 128, 4

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from linearize.distillation.weights_loss import cross_entropy
 from linearize.methods.calibration import Calibration
-from linearize.modeling.mixer import Halves, Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Halves, Inputs
 
 
 @dataclass

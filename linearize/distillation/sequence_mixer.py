@@ -19,9 +19,10 @@ from torch import distributed as dist
 from linearize.distillation.collectives import from_left
 from linearize.distillation.sequence_memory import Summary, applied, gathering, incoming, summed
 from linearize.modeling.memory import FIELDS, State, empty_state, fill_sinks
-from linearize.modeling.mixer import Halves, Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Halves, Inputs
 
 BY_HEAD = ("q", "k", "v", "raw_q", "raw_k")
 BY_TOKEN = ("hidden", "cos", "sin")

@@ -25,10 +25,11 @@ from linearize.distillation.sequence_mixer import BY_HEAD, BY_TOKEN, Part, Scatt
 from linearize.distillation.sequence_softmax import Reach, attention, log_mass, whole_row
 from linearize.errors import UnsupportedError, UsageError
 from linearize.modeling.attention import IMPLEMENTATION, mask_function, scores_of
-from linearize.modeling.mixer import Halves, Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions
 from linearize.modeling.rows import segment_ids
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Halves, Inputs
 
 OVER_PARTS = "linearize_parts"  # the attention function of layers that stay softmax
 FLAG = "--sequence-parallel"

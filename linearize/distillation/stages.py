@@ -20,9 +20,10 @@ from linearize.distillation.losses import terms
 from linearize.distillation.sequence_parallel import Alone, Reading, alone
 from linearize.methods.base import Stage
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from linearize.evaluation.reading import Context
 from linearize.methods.calibration import relative_error
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Halves, Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import mode, observed
+from linearize.modeling.stream import Halves, Inputs
 from linearize.modeling.window import Part
 from linearize.text import Packed
 

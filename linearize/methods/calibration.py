@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.methods.base import ROW_BLOCK
-from linearize.modeling.mixer import Inputs
+from linearize.modeling.stream import Inputs
 
 ROWS = ("q", "k", "v", "hidden", "mask", "segments", "cos", "sin", "raw_q", "raw_k")  # inputs with a first dimension of rows
 

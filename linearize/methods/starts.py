@@ -12,7 +12,8 @@ from linearize.methods.calibration import Calibration, relative_error
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.feature_maps_learned import T2R, Feedforward
 from linearize.modeling.gates import FixedGate, HiddenGate, Projection
-from linearize.modeling.mixer import Halves, Mixer
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.stream import Halves
 
 SCALES = (1.0, 2.0, 4.0)
 SHIFTS = (0.0, -0.5, -1.0, -2.0, -3.0, -5.0, -8.0)

@@ -20,13 +20,14 @@ except ImportError as error:
     raise ImportError("linearize models need torch and transformers") from error
 
 from .memory import RecurrentLayer
-from .mixer import Inputs, Mixer
+from .mixer import Mixer
 from .native import takes_frozen
 from .native_ops import attention as native_attention
 from .places import Places
 from .products import LN2, LOG2E, by_onednn, exp, product
 from .rope import in_one_pass
 from .rows import make_rows
+from .stream import Inputs
 from .window import Scores
 
 IMPLEMENTATION = "linearize"

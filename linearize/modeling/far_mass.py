@@ -40,7 +40,12 @@ class FarMass(nn.Module):
         projected = (q @ query[..., None])[..., 0] if q.shape[2] > 1 else (q * query[:, None]).sum(-1)
         return projected + bias + self.near.to(top.dtype)[:, None] * top
 
+    def own(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """u, b and c; None where they are 0, 0 and 1."""
+        bias = None if self.kind == "none" else self.bias
+        return (self.query, bias, self.near) if self.kind == "query" else (None, bias, None)
+
     def terms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """u, b and c of log2 of the factor, for a maximum of base 2, in fp32; None where they are 0, 0 and 1."""
-        bias = None if self.kind == "none" else self.bias.float() * LOG2E
-        return (self.query.float() * LOG2E, bias, self.near.float()) if self.kind == "query" else (None, bias, None)
+        """The same of log2 of the factor, for a maximum of base 2, in fp32."""
+        query, bias, near = (None if x is None else x.float() for x in self.own())
+        return None if query is None else query * LOG2E, None if bias is None else bias * LOG2E, near

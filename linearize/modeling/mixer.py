@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 try:
@@ -20,7 +19,8 @@ from .leaving import Leaving, Queries, reads_stored
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
 from .native import differentiable, takes, takes_frozen
-from .native_ops import fuses, hybrid, merge
+from .native_hybrid import fuses, hybrid, hybrid_trained
+from .native_ops import merge
 from .places import Place, Places
 from .products import LOG2E
 from .rope import unrotate
@@ -28,92 +28,8 @@ from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
 from .storage import EIGHT, kept, opened, pair, rounded
+from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What an attention layer hands over: q (B, H, T, D), k (B, G, T, D), v (B, G, T, V) after RoPE, its input (B, T, hidden).
-
-    `mask` (B, T) has 1 for real tokens; `segments` (B, T) numbers packed documents; cos and sin are those of RoPE, in style `rope`.
-    Raw q and k, of their shapes, come from before the layer's own q and k norms; None where it has none, or nobody asks.
-    `places` are what layers of one call share of a single token's position.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    hidden: Tensor | None
-    score: Scores
-    mask: Tensor | None = None
-    segments: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    rope: str = "half"
-    raw_q: Tensor | None = None
-    raw_k: Tensor | None = None
-    places: Places | None = None
-
-    def first(self, tokens: int) -> Inputs:
-        """The same call cut to its first tokens."""
-
-        def cut(x: Tensor | None, dim: int) -> Tensor | None:
-            return None if x is None else x.narrow(dim, 0, tokens)
-
-        q, k, v = (x.narrow(2, 0, tokens) for x in (self.q, self.k, self.v))
-        return replace(
-            self, q=q, k=k, v=v, hidden=cut(self.hidden, 1), mask=cut(self.mask, 1),
-            segments=cut(self.segments, 1), cos=cut(self.cos, 1), sin=cut(self.sin, 1),
-            raw_q=cut(self.raw_q, 2), raw_k=cut(self.raw_k, 2),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Rows of real tokens: projections for the near half, their own for the far half, what is computed on arrival.
-
-    `position` (rows, T) of each token in its own row; `lengths` (rows,) None where all rows are full.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    far_q: Tensor
-    far_k: Tensor
-    far_v: Tensor
-    arrivals: dict[str, Tensor]
-    hidden: Tensor | None
-    position: Tensor
-    lengths: Tensor | None
-    conv: State
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Near part (B, H, T, .), what is read of the far memory (B, H, T, V), its mass (B, H, T), and the stream that they came from.
-
-    A read that is `summed` is a numerator: the mass divides it. `output` is what happens to it then. `merged` (B, H, T, V)
-    instead of them where a kernel has made both.
-    """
-
-    near: Part | None
-    read: Tensor | None
-    mass: Tensor | None
-    stream: Stream
-    summed: bool = False
-    output: Callable[[Tensor], Tensor] | None = None
-    merged: Tensor | None = None
-
-    @cached_property
-    def far(self) -> Tensor | None:
-        """The far memory's output (B, H, T, V)."""
-        if self.read is None:
-            return None
-        far = self.read
-        if self.summed:
-            values, mass = far.split([far.shape[-1] - 1, 1], dim=-1)
-            far = divide(values, mass[..., 0])
-        return far if self.output is None else self.output(far)
 
 
 class Mixer(Leaving):
@@ -258,6 +174,8 @@ class Mixer(Leaving):
     ) -> tuple[Halves, State | None]:
         """Both halves, or what they come to where `joint` allows it and a kernel makes it."""
         spec, (batch, _, time, _) = self.spec, s.q.shape
+        if joint and state is None and not keep and self._trains_in_one_pass(s, score):
+            return Halves(None, None, None, s, merged=self._trained(s, score)), None
         before = state if state is not None else empty_state(spec, self.shape, batch, dtype, s.q.device)
         before = parts(spec, before)
         count, fresh = before["count"], state is None
@@ -294,14 +212,30 @@ class Mixer(Leaving):
             after["far"] = stored(far, before["far"].dtype, after["count"])
         return self._halves(near, read, s, score)
 
-    def _in_one_pass(self, s: Stream, score: Scores) -> bool:
-        """Whether a kernel makes both halves of a call at once."""
+    def _given(self, s: Stream, score: Scores) -> tuple[Tensor, ...]:
+        """What kernels for both halves of a call would read; nothing where there are none for it."""
         plain = s.lengths is None and score.softcap is None and score.null is None and self.ablate is None
         if not plain or not fuses(self.spec, self.shape):
-            return False
-        weights: list[Any] = [self.map_q.weight, self.map_k.weight]
-        given = (s.q, s.k, s.v, s.far_q, s.far_k, *weights)
-        return takes_frozen(*given) and not differentiable(*self.parameters())
+            return ()
+        maps: list[Any] = [self.map_q.weight, self.map_k.weight]
+        return s.q, s.k, s.v, s.far_q, s.far_k, *maps
+
+    def _in_one_pass(self, s: Stream, score: Scores) -> bool:
+        """Whether a kernel makes both halves of a call at once."""
+        given = self._given(s, score)
+        return bool(given) and takes_frozen(*given) and not differentiable(*self.parameters())
+
+    def _trains_in_one_pass(self, s: Stream, score: Scores) -> bool:
+        """Whether one function of kernels makes both, of a whole text, and their gradients."""
+        own = list(self.parameters())
+        given = self._given(s, score) if s.q.shape[2] > self.spec.window + self.spec.sinks else ()
+        return bool(given) and differentiable(*given, *own) and takes(*given, *own)
+
+    def _trained(self, s: Stream, score: Scores) -> Tensor:
+        """The layer's output (B, H, T, V), with gradients."""
+        assert self.far_mass is not None
+        given = self._given(s, score)
+        return hybrid_trained(given[:5], given[5:], self.far_mass.own(), (self.spec.sinks, self.spec.window), score.scale * LOG2E)
 
     def _merged(self, s: Stream, before: State, joined: Tokens, after: State, score: Scores, fresh: bool) -> Tensor:
         """The layer's output (B, H, T, V) by a kernel."""
@@ -392,8 +326,3 @@ class Mixer(Leaving):
         if summed is not None and factor is not None and takes(near.numerator, summed, factor):
             return merge(near.numerator, near.denominator, near.top, summed, factor)
         return self.merge(near, halves.far, halves.mass, factor, s.hidden)  # type: ignore[no-any-return]
-
-
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 where the memory is empty."""
-    return numerator * torch.where(denominator > 0, denominator, torch.inf).reciprocal()[..., None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 try:
@@ -13,9 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import WIDTH, call, library, pointer, rows, up
+from .native import call, rows, up
 from .recurrence_additive import CHUNK
-from .spec import MixerSpec, Shape
 
 TAPS = 8  # of a convolution, at most; convolution.cpp
 UNITS = 16  # of work at least, whatever the number of threads
@@ -36,11 +33,11 @@ def window(
     count = count.expand(len(q)).contiguous()
     until = None if until is None else until.expand(len(q)).contiguous()
     arguments = (q, k, v, sink_k, sink_v, count, lead, sizes, scale, until)
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = _Window.apply(*arguments)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = WindowFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Window(torch.autograd.Function):
+class WindowFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, count: Tensor, lead: int,
@@ -60,7 +57,7 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, mass: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, mass: Tensor, *_: Tensor) -> tuple[Any, ...]:
         q, k, v, sink_k, sink_v, count, top = ctx.saved_tensors
         of_q, of_k, of_v, of_sink_k, of_sink_v = (x.new_empty(x.shape) for x in (q, k, v, sink_k, sink_v))
         given = (q, *q.stride()[:3], k, v, sink_k, sink_v, count, top, grad.contiguous(), mass.contiguous())
@@ -81,11 +78,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sliding: int | None
 
 def additive(q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
     """`recurrence_additive.chunked` without decay, for K a multiple of WIDTH."""
-    found: tuple[Tensor, Tensor] = _Additive.apply(q, k, v, state, terraced)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = AdditiveFunction.apply(q, k, v, state, terraced)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Additive(torch.autograd.Function):
+class AdditiveFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, terraced: int) -> tuple[Tensor, Tensor]:
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -100,7 +97,7 @@ class _Additive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, last: Tensor) -> tuple[Any, ...]:
         q, k, v, states = ctx.saved_tensors
         width = v.shape[-1]
         borders, of_q = torch.empty_like(states), torch.empty_like(q)
@@ -123,11 +120,11 @@ def _sizes(q: Tensor, v: Tensor, terraced: int) -> tuple[int, ...]:
 
 def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     """[softmax(Wx), softmax(-Wx)] of x (B, H, T, D) and W (H, D, F), F a multiple of WIDTH."""
-    found: Tensor = _Hedgehog.apply(x, weight)  # type: ignore[no-untyped-call]
+    found: Tensor = HedgehogFunction.apply(x, weight)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Hedgehog(torch.autograd.Function):
+class HedgehogFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x, weight = rows(x), weight.contiguous()
@@ -138,7 +135,7 @@ class _Hedgehog(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, phi = ctx.saved_tensors
         shares = weight.new_empty(len(weight), SHARES, *weight.shape[1:])
         of_x = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
@@ -267,76 +264,32 @@ class _Convolution(torch.autograd.Function):
 
 
 def merge(numerator: Tensor, denominator: Tensor, top: Tensor, read: Tensor, factor: Tensor) -> Tensor:
-    """The output (B, H, T, V) of a near half and a read (B, H, T, V + 1) with the mass in its last column.
+    """The output (B, H, T, V) of a near half and a read (B, H, n, V + 1) of the last n queries with the mass in its last column.
 
-    `factor` (B, H, T) is the log of what the memory weighs, as Merge has it. The maximum `top` has no gradient.
+    `factor` (B, H, n) is the log of what the memory weighs, as Merge has it. The maximum `top` has no gradient.
     """
-    found: Tensor = _Merge.apply(numerator, denominator, top, read, factor)  # type: ignore[no-untyped-call]
+    found: Tensor = MergeFunction.apply(numerator, denominator, top, read, factor)  # type: ignore[no-untyped-call]
     return found.transpose(1, 2)
 
 
-class _Merge(torch.autograd.Function):
+class MergeFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numerator: Tensor, denominator: Tensor, top: Tensor, read: Tensor, factor: Tensor) -> Tensor:
         given = (*(x.contiguous() for x in (numerator, denominator, top)), rows(read), factor.contiguous())
         batch, heads, time, width = numerator.shape
         out = numerator.new_empty(batch, time, heads, width)
-        call("merge_forward", *given, out, *numerator.shape, *given[3].stride()[:3])
+        call("merge_forward", *given, out, *numerator.shape, time - read.shape[2], *given[3].stride()[:3])
         ctx.save_for_backward(*given, out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *given, out = ctx.saved_tensors
         numerator, denominator, _, read, factor = given
         of_read, of_factor = read.new_empty(read.shape), torch.empty_like(factor)
         near = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         of_near = (torch.empty_like(numerator), torch.empty_like(denominator)) if near else (None, None)
-        call("merge_backward", *given, out, grad.contiguous(), *of_near, of_read, of_factor, *numerator.shape, *read.stride()[:3])
+        sizes = (*numerator.shape, numerator.shape[2] - read.shape[2], *read.stride()[:3])
+        call("merge_backward", *given, out, grad.contiguous(), *of_near, of_read, of_factor, *sizes)
         return *of_near, None, of_read, of_factor
-
-
-# ---- both halves ----
-
-
-class _Call(ctypes.Structure):
-    """The same fields as hybrid.cpp's."""
-
-    POINTERS = ("q", "far_q", "k", "v", "far_k", "sink_k", "sink_v", "count", "weight_q", "weight_k", "slope", "bias", "slant",
-                "state", "out")  # fmt: skip
-    SIZES = ("q_batch", "q_head", "q_token", "far_batch", "far_head", "far_token", "batch", "groups", "repeats", "time", "lead",
-             "dim", "width", "sinks", "window", "columns")  # fmt: skip
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in SIZES), ("scale", ctypes.c_float)
-    )  # fmt: skip
-
-
-@cache
-def fuses(spec: MixerSpec, shape: Shape) -> bool:
-    """Whether `hybrid` computes this mixer: the default but for its sizes, and what it keeps in which precision."""
-    free = ("window", "sinks", "feature_dim", "far_mass", "far_rope", "far_norm", "kv_dtype", "state_dtype")
-    own = {name: getattr(spec, name) for name in free}
-    default = MixerSpec(feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", **own)
-    return spec == default and (spec.feature_dim or shape.head_dim) % WIDTH == 0
-
-
-def hybrid(
-    tensors: dict[str, Tensor], terms: tuple[Tensor | None, ...], state: Tensor, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Sinks, sliding window and memory of Hedgehog features as one softmax, without gradients: (B, T, H, V), and the next state.
-
-    `tensors` by hybrid.cpp's names, and of the far mass `terms` slope, bias and slant; state (B, G, K, V + 1); `scale` of scores
-    of base 2.
-    """
-    given = {name: rows(x) if name in ("q", "far_q") else x.contiguous() for name, x in tensors.items()}
-    q, k, width = given["q"], given["k"], given["v"].shape[-1]
-    (batch, heads, time, dim), groups = q.shape, k.shape[1]
-    state, out = state.clone(memory_format=torch.contiguous_format), q.new_empty(batch, time, heads, width)
-    given |= {"state": state, "out": out}
-    kept = dict(zip(("slope", "bias", "slant"), (x if x is None else x.contiguous() for x in terms), strict=True))
-    sizes = (*q.stride()[:3], *given["far_q"].stride()[:3], batch, groups, heads // groups, time, k.shape[2] - time, dim, width,
-             given["sink_k"].shape[2], window, given["weight_q"].shape[-1])  # fmt: skip
-    found: Any = library()
-    found.hybrid_forward(ctypes.byref(_Call(*(pointer({**given, **kept}[name]) for name in _Call.POINTERS), *sizes, scale)))
-    return out, state

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from linearize.modeling.memory import State
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.spec import MixerSpec, Shape
+from linearize.modeling.stream import Inputs
 from linearize.testing.models import random_inputs, random_mixer, randomise, tiny_shape
 from linearize.testing.oracle import Document, oracle
 

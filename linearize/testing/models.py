@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, linearized_class
 from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
+from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Scores
 
 TINY: dict[str, Any] = {

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
+from linearize.modeling.stream import Inputs
 from linearize.testing.oracle_memory import Memory, gates
 
 

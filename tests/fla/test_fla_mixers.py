@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 from linearize.testing import method_points, random_inputs, random_mixer, tiny_shape
 from linearize.testing.laws import STREAMS, assert_close, run
 

@@ -43,9 +43,10 @@ from linearize.loading import load
 from linearize.methods.calibration import Calibration
 from linearize.methods.layout import check_options, layout
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 from linearize.progress import silent
 from linearize.ranges import listed
 from linearize.testing.families import tiny_family

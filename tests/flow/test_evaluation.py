@@ -18,9 +18,10 @@ from linearize.evaluation.reading import Reader
 from linearize.evaluation.samples import repetition
 from linearize.evaluation.speed import crossover
 from linearize.evaluation.texts import Texts, read_texts
-from linearize.modeling.mixer import Halves, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, replaced
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Halves
 from linearize.testing.laws import run
 from linearize.testing.models import linearized, random_inputs, random_mixer, tiny_llama
 from linearize.text import Packed

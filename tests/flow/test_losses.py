@@ -19,9 +19,10 @@ from linearize.errors import UsageError
 from linearize.methods import make
 from linearize.methods.base import Stage
 from linearize.methods.calibration import Calibration
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, mode, observed
 from linearize.modeling.spec import Shape
+from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Scores
 from linearize.testing.families import tiny_family
 from linearize.testing.models import random_inputs, random_mixer, randomise, tiny_shape

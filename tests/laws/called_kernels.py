@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from linearize.modeling import native, native_ops
-from linearize.modeling.mixer import Inputs
+from linearize.modeling import native, native_hybrid
 from linearize.modeling.spec import Shape
+from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Part
 from linearize.testing.laws import BY_HEAD, EXACT, assert_close
 
@@ -31,7 +31,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return getattr(library, name)
 
     monkeypatch.setenv("LINEARIZE_BACKEND", "native")
-    for module in (native, native_ops):
+    for module in (native, native_hybrid):
         monkeypatch.setattr(module, "library", lambda: None if library is None else Recorded())
     return names
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from linearize.conversion.convert import convert_model
 from linearize.modeling.attention import LinearizedAttention, norm_of
-from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.modeling.stream import Inputs
 from linearize.testing import randomise
 from linearize.testing.families import tiny_family
 from linearize.testing.laws import EXACT, assert_close

@@ -20,9 +20,10 @@ from linearize.modeling import native, native_ops, recurrence_additive
 from linearize.modeling.convolution import convolved
 from linearize.modeling.feature_maps_hedgehog import Hedgehog
 from linearize.modeling.gates import OPEN
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.native_decayed import decayed
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 from linearize.testing import method_points, random_inputs, randomise
 from linearize.testing.laws import EXACT, assert_close, deviation, run
 

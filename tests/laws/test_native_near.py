@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,15 @@ from linearize.modeling import native_ops
 from linearize.modeling.attention import softmax_attention
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Part, Scores, near_chunked
 from linearize.testing import random_inputs, randomise
 from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = needs_kernels
-DEFAULT = MixerSpec(feature_map="hedgehog", merge="denominator", coverage="older", window=64, sinks=4, far_mass="query")
+DEFAULT = MixerSpec(
+    feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", window=64, sinks=4, far_mass="query"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +120,74 @@ def _merged(mixer: Mixer, near: Part, read: Tensor, factor: Tensor) -> list[Tens
         out = mixer.merge(Part(numerator, denominator, near.top), far, mass, factor, None)
     weight = torch.linspace(-1, 1, out.numel()).sin().view_as(out)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+# ---- both halves, with gradients ----
+
+WANTED = (("q", "k", "v"), ("map_q.weight", "map_k.weight"), ("v", "map_k.weight", "far_mass.query"), None)
+
+
+@pytest.mark.parametrize("window, sinks", [(1, 0), (7, 4), (64, 4), (70, 0)])
+@pytest.mark.parametrize(
+    "changes",
+    [{"far_mass": "none"}, {"far_mass": "head"}, {}, {"far_rope": False}, {"feature_dim": 32}, {"kv_dtype": "int8"}],
+    ids=str,
+)
+def test_gradients_of_both_halves(changes: dict[str, Any], window: int, sinks: int, called: list[str]) -> None:
+    """Of whole texts, by what the stage trains; None: all there is."""
+    spec = replace(DEFAULT, window=window, sinks=sinks, **changes)
+    mixer, other = (randomise(Mixer(spec, SHAPE)) for _ in "ab")
+    other.load_state_dict(mixer.state_dict())
+    other.double()
+    for time, wanted in itertools.product((window + sinks + 1, window + sinks + 64, 230), WANTED):
+        inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
+        if wanted and spec.far_mass != "query":
+            wanted = tuple(name for name in wanted if not name.startswith("far_mass"))
+        called.clear()
+        found = _gradients(mixer, inputs, wanted)
+        assert {"merge_backward", "additive_backward"} <= set(called)
+        assert ("window_backward" in called) == (wanted is None or not {"q", "k", "v"}.isdisjoint(wanted))
+        for name, expected in _gradients(other, widened(inputs), wanted).items():
+            assert_close(found[name], expected, 2e-4, f"{name}, {time} tokens, {wanted}")
+
+
+def _gradients(mixer: Mixer, inputs: Inputs, wanted: tuple[str, ...] | None) -> dict[str, Tensor]:
+    """The output, and gradients by name."""
+    known = dict(mixer.named_parameters())
+    stream = {name: getattr(inputs, name).clone().requires_grad_() for name in "qkv" if wanted is None or name in wanted}
+    for name, parameter in known.items():
+        parameter.requires_grad_(wanted is None or name in wanted)
+    leaves = stream | {name: x for name, x in known.items() if x.requires_grad}
+    out = mixer(replace(inputs, **stream))[0]
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out)
+    grads = torch.autograd.grad((out * weight).sum(), list(leaves.values()))
+    return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def test_both_halves_are_one_function_where_they_are_trained_and_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, taken = randomise(Mixer(DEFAULT, SHAPE)), []
+    original = Mixer._trained
+    monkeypatch.setattr(Mixer, "_trained", lambda self, *given: taken.append(given) or original(self, *given))
+    short, long = (random_inputs(SHAPE, time, dtype=torch.float32, softcap=None) for time in (68, 69))
+    mixer(long, keep=True)
+    mixer(short)
+    mixer(replace(long, segments=torch.zeros(2, 69, dtype=torch.long)))
+    with torch.no_grad():
+        mixer(long)
+    assert not taken
+    mixer(long)
+    assert len(taken) == 1
+
+
+def test_a_graph_that_was_gone_through_is_freed() -> None:
+    """Its tensors hold no one another: no garbage collection is due."""
+    mixer, inputs = randomise(Mixer(DEFAULT, SHAPE)), random_inputs(SHAPE, 100, dtype=torch.float32, softcap=None)
+    there: list[int] = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            mixer(inputs)[0].sum().backward()
+            there.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert there[1] == there[2]

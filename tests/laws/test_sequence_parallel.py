@@ -14,8 +14,9 @@ from torch import distributed as dist
 
 from linearize.distillation.sequence_memory import Summary, gathering
 from linearize.distillation.sequence_mixer import Part, mix, refusal, shortest
-from linearize.modeling.mixer import Inputs, Mixer
+from linearize.modeling.mixer import Mixer
 from linearize.modeling.spec import MixerSpec
+from linearize.modeling.stream import Inputs
 from linearize.testing import bidirectional_points, method_points, pairwise_points, random_inputs, random_mixer, tiny_shape
 from linearize.testing.laws import BY_HEAD, EXACT, LEAVES, deviation, part
 

@@ -24,8 +24,8 @@ from linearize.conversion.architectures import ARCHITECTURES
 from linearize.conversion.detection import verdict
 from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
 from linearize.errors import UnsupportedError
-from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed
+from linearize.modeling.stream import Inputs
 from linearize.serving.generate import Generator
 from linearize.testing.families import ENCODERS, tiny_family
 from linearize.testing.models import randomise

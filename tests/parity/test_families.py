@@ -17,8 +17,8 @@ from linearize.conversion.discovery import discover, observe, rope_style
 from linearize.distillation.layer_losses import LayerCall, relative_mse
 from linearize.methods import make
 from linearize.modeling.attention import LinearizedAttention
-from linearize.modeling.mixer import Inputs
 from linearize.modeling.modeling_linearized import attentions, mode, observed, replaced
+from linearize.modeling.stream import Inputs
 from linearize.testing.families import DECODERS, tiny_family
 from linearize.testing.models import randomise
 
