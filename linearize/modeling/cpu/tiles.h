@@ -178,13 +178,6 @@ inline Right padded(const float* x, Index rows, Index width, Index row, float* i
   return {into, up(width), LANES};
 }
 
-// x (rows, width), width a multiple of LANES, a panel after another: read along its rows it is read in order.
-inline Right panelled(const float* x, Index rows, Index width, float* into) {
-  for (Index i = 0; i < rows; i++)
-    for (Index j = 0; j < width; j += LANES) store(into + j * rows + i * LANES, load(x + i * width + j));
-  return {into, LANES, rows * LANES};
-}
-
 // Of scores a (rows, width) of queries `start` and later, those of keys after the query become 0.
 inline void causal(float* a, Index start, Index rows, Index width) {
   for (Index i = 0; i < rows; i++) std::fill(a + i * width + start + i + 1, a + (i + 1) * width, 0.0f);

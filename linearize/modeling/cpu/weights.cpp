@@ -3,8 +3,8 @@
 
 namespace {
 
-constexpr Index BLOCK = 32;       // queries at once
-constexpr float LEAST = 1e-12f;  // of a weight and of a sum of weights
+constexpr Index BLOCK = 32, DEPTH = 128;  // queries, and keys of their gradients, at once
+constexpr float LEAST = 1e-12f;           // of a weight and of a sum of weights
 
 // phi_q (B, M, R, T, K), phi_k (B, M, T, K), K a multiple of WIDTH; q (B, M R, T, D) and k (B, G, T, D) with steps of their own;
 // first (B, T): the first key that each query sees, which its own is the last of.
@@ -17,11 +17,11 @@ struct Call {
 };
 
 struct Scratch {
-  std::vector<float> packed, features, rows, q, teacher, student;
+  std::vector<float> q, teacher, student;
 };
 
 struct Keys {
-  Right teacher, student, rows;
+  Right teacher, student;
 };
 
 // One query's loss. Of `teacher` (width), its scores, and `student`, products of features, the latter becomes the loss's gradient.
@@ -65,34 +65,43 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
     loss += row(teacher + i * stride, student + i * stride, width, c.first[b * c.time + start + i] - from, start + i - from,
                 c.factor);
   if (!grad_q) return loss;
-  const Right keys{own.rows.data + from * LANES, own.rows.row, own.rows.panel};
-  product({student, stride, 1}, keys, rows, c.keys / LANES, last - from, grad_q + at * c.keys, c.keys, false);
-  product({student, 1, stride}, {features.data, c.keys, LANES}, last - from, c.keys / LANES, rows, grad_k + from * c.keys, c.keys, true);
+  const Index panels = c.keys / LANES;
+  for (Index j = 0; j < last - from; j += DEPTH) {
+    const Index depth = std::min(DEPTH, last - from - j), key = (from + j) * c.keys;
+    const float* keys = c.phi_k + (b * c.memories + m) * c.time * c.keys + key;
+    product({student + j, stride, 1}, {keys, c.keys, LANES}, rows, panels, depth, grad_q + at * c.keys, c.keys, j > 0);
+    product({student + j, 1, stride}, {features.data, c.keys, LANES}, depth, panels, rows, grad_k + key, c.keys, true);
+  }
   return loss;
 }
 
 }  // namespace
 
 // The sum over queries from `begin` to `end` of each share of each memory, losses (B, M, S); grad_q (B, M, R, T, K) and shares of
-// grad_k (S, B, M, T, K), both null or neither.
+// grad_k (S, B, M, T, K), both null or neither; `packed` takes the keys as right factors, (B, G D + M K) times up(end).
 extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, Index q_batch, Index q_head,
                              Index q_token, const float* k, Index k_batch, Index k_head, Index k_token, const int64_t* first,
-                             double* losses, float* grad_q, float* grad_k, Index batch, Index memories, Index readers, Index groups,
-                             Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale,
-                             float factor) {
+                             float* packed, double* losses, float* grad_q, float* grad_k, Index batch, Index memories,
+                             Index readers, Index groups, Index time, Index keys, Index dim, Index begin, Index end,
+                             Index shares, float scale, float factor) {
   const Rows queries{q, q_batch, q_head, q_token}, others{k, k_batch, k_head, k_token};
   const Call c{phi_q, phi_k, queries, others, first, batch, memories, readers,
                groups, time, keys, dim, begin, end, shares, scale, factor};
+  float* student = packed + batch * groups * up(end) * dim;
 #pragma omp parallel
   {
     Scratch s;
+#pragma omp for nowait
+    for (Index p = 0; p < batch * groups; p++)
+      transposed(c.k.at(p / groups, p % groups, 0), end, dim, k_token, packed + p * up(end) * dim);
+#pragma omp for
+    for (Index p = 0; p < batch * memories; p++)
+      transposed(phi_k + p * time * keys, end, keys, keys, student + p * up(end) * keys);
 #pragma omp for schedule(dynamic)
     for (Index u = 0; u < batch * memories * shares; u++) {
       const Index p = u / shares, b = p / memories, m = p % memories, g = m * groups / memories;
-      float *packed = room(s.packed, up(end) * dim), *features = room(s.features, up(end) * keys);
-      const Keys own{transposed(c.k.at(b, g, 0), end, dim, k_token, packed),
-                     transposed(phi_k + p * time * keys, end, keys, keys, features),
-                     panelled(phi_k + p * time * keys, end, keys, room(s.rows, end * keys))};
+      const Keys own{{packed + (b * groups + g) * up(end) * dim, LANES, dim * LANES},
+                     {student + p * up(end) * keys, LANES, keys * LANES}};
       float* into = grad_k ? grad_k + (u % shares * batch * memories + p) * time * keys : nullptr;
       if (into) std::fill_n(into, time * keys, 0.0f);
       losses[u] = 0;
