@@ -158,10 +158,9 @@ def cross_entropy(
     losses = torch.empty(batch, memories, shares, dtype=torch.float64)
     of_q = (torch.zeros_like if own.stop - own.start < time else torch.empty_like)(phi_q) if wanted else None
     of_k = phi_k.new_empty(shares, *phi_k.shape) if wanted else None
-    packed = q.new_empty(batch, up(own.stop) * (k.shape[1] * q.shape[-1] + memories * keys))
     sizes = (batch, memories, readers, k.shape[1], time, keys, q.shape[-1], own.start, own.stop, shares)
     given: tuple[Tensor | int, ...] = (phi_q, phi_k, q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous())
-    call("weights_loss", *given, packed, losses, of_q, of_k, *sizes, scale, factor)
+    call("weights_loss", *given, losses, of_q, of_k, *sizes, scale, factor)
     loss = losses.sum().to(q.dtype)
     if of_k is None:
         return loss, None, None

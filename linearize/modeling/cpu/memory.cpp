@@ -10,6 +10,8 @@
 #include <new>
 #include <unordered_map>
 
+#include "workspace.h"
+
 namespace {
 
 constexpr size_t LEAST = 1 << 20, STEP = 1 << 16, HUGE_PAGE = 2 << 20;  // bytes: smaller tensors are the C library's
@@ -110,3 +112,7 @@ struct Keeping final : c10::Allocator {
 extern "C" void keep_memory() { c10::SetCPUAllocator(new Keeping); }
 
 extern "C" void give_back() { blocks().give_back(); }
+
+float* borrow(Index size) { return static_cast<float*>(c10::GetCPUAllocator()->raw_allocate(size * sizeof(float))); }
+
+void give(float* data) { c10::GetCPUAllocator()->raw_deallocate(data); }

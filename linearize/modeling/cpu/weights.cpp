@@ -1,5 +1,6 @@
 // Cross-entropy of a softmax teacher's weights and a linear student's, and its gradients, a tile of queries at a time.
 #include "window.h"
+#include "workspace.h"
 
 namespace {
 
@@ -78,30 +79,30 @@ double block(const Call& c, const Keys& own, Index b, Index m, Index r, Index st
 }  // namespace
 
 // The sum over queries from `begin` to `end` of each share of each memory, losses (B, M, S); grad_q (B, M, R, T, K) and shares of
-// grad_k (S, B, M, T, K), both null or neither; `packed` takes the keys as right factors, (B, G D + M K) times up(end).
+// grad_k (S, B, M, T, K), both null or neither.
 extern "C" void weights_loss(const float* phi_q, const float* phi_k, const float* q, Index q_batch, Index q_head,
                              Index q_token, const float* k, Index k_batch, Index k_head, Index k_token, const int64_t* first,
-                             float* packed, double* losses, float* grad_q, float* grad_k, Index batch, Index memories,
-                             Index readers, Index groups, Index time, Index keys, Index dim, Index begin, Index end,
-                             Index shares, float scale, float factor) {
+                             double* losses, float* grad_q, float* grad_k, Index batch, Index memories, Index readers, Index groups,
+                             Index time, Index keys, Index dim, Index begin, Index end, Index shares, float scale,
+                             float factor) {
   const Rows queries{q, q_batch, q_head, q_token}, others{k, k_batch, k_head, k_token};
   const Call c{phi_q, phi_k, queries, others, first, batch, memories, readers,
                groups, time, keys, dim, begin, end, shares, scale, factor};
-  float* student = packed + batch * groups * up(end) * dim;
+  const Workspace teacher(batch * groups * up(end) * dim), student(batch * memories * up(end) * keys);
 #pragma omp parallel
   {
     Scratch s;
 #pragma omp for nowait
     for (Index p = 0; p < batch * groups; p++)
-      transposed(c.k.at(p / groups, p % groups, 0), end, dim, k_token, packed + p * up(end) * dim);
+      transposed(c.k.at(p / groups, p % groups, 0), end, dim, k_token, teacher.data + p * up(end) * dim);
 #pragma omp for
     for (Index p = 0; p < batch * memories; p++)
-      transposed(phi_k + p * time * keys, end, keys, keys, student + p * up(end) * keys);
+      transposed(phi_k + p * time * keys, end, keys, keys, student.data + p * up(end) * keys);
 #pragma omp for schedule(dynamic)
     for (Index u = 0; u < batch * memories * shares; u++) {
       const Index p = u / shares, b = p / memories, m = p % memories, g = m * groups / memories;
-      const Keys own{{packed + (b * groups + g) * up(end) * dim, LANES, dim * LANES},
-                     {student + p * up(end) * keys, LANES, keys * LANES}};
+      const Keys own{{teacher.data + (b * groups + g) * up(end) * dim, LANES, dim * LANES},
+                     {student.data + p * up(end) * keys, LANES, keys * LANES}};
       float* into = grad_k ? grad_k + (u % shares * batch * memories + p) * time * keys : nullptr;
       if (into) std::fill_n(into, time * keys, 0.0f);
       losses[u] = 0;

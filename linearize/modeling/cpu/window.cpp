@@ -1,4 +1,5 @@
 #include "window.h"
+#include "workspace.h"
 
 // q (B, G, R, T, D) with steps of its own, k and v (B, G, lead + T, .), sinks (B, G, s, .), count (B) of tokens before; numerator
 // (B, G, R, T, V), denominator and top (B, G, R, T). `received` (B, G, lead + T) may be null, or is zero and becomes the largest
@@ -11,7 +12,7 @@ extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Ind
   const Window w{time, lead, dim, width, sinks, window, terraced, scale};
   const Rows queries{q, of_batch, of_head, of_token};
   const Index tiles = (time + TILE - 1) / TILE, length = w.length(), wide = up(width);
-  std::vector<float> packed(batch * groups * w.packed());
+  const Workspace packed(batch * groups * w.packed());
   std::vector<Packed> keys(batch * groups);
 #pragma omp parallel
   {
@@ -19,7 +20,7 @@ extern "C" void window_attend(const float* q, Index of_batch, Index of_head, Ind
 #pragma omp for
     for (Index p = 0; p < batch * groups; p++)
       keys[p] = w.pack(k + p * length * dim, v + p * length * width, sink_k + p * sinks * dim, sink_v + p * sinks * width,
-                       packed.data() + p * w.packed());
+                       packed.data + p * w.packed());
 #pragma omp for schedule(dynamic, 4)
     for (Index u = 0; u < batch * groups * repeats * tiles; u++) {
       const Index p = u / tiles / repeats, head = p % groups * repeats + u / tiles % repeats, start = u % tiles * TILE;

@@ -1,5 +1,6 @@
 // Gradients of the numerator and the denominator of a softmax over sinks and a window; its maximum has none.
 #include "window.h"
+#include "workspace.h"
 
 namespace {
 
@@ -78,21 +79,21 @@ void tile(const Call& c, const Sides& own, Index p, Index r, Index start, Index 
 }
 
 // into (size) += the segments' sums for key j of head p, rows of `step` floats; segments are added in order.
-void gathered(const Call& c, const std::vector<float>& sums, const std::vector<Index>& begins, Index p, Index j, Index step,
+void gathered(const Call& c, const Workspace& sums, const std::vector<Index>& begins, Index p, Index j, Index step,
               Index size, float* into) {
   std::fill_n(into, size, 0.0f);
   for (Index n = std::max<Index>(j - c.w.lead, 0) / SEGMENT; n < c.segments && c.from(p, n) <= j; n++) {
-    const float* own = sums.data() + (begins[p * c.segments + n] + up(c.w.sinks) + j - c.from(p, n)) * step;
+    const float* own = sums.data + (begins[p * c.segments + n] + up(c.w.sinks) + j - c.from(p, n)) * step;
     for (Index d = 0; d < size; d++) into[d] += own[d];
   }
 }
 
-void gathered_sinks(const Call& c, const std::vector<float>& sums, const std::vector<Index>& begins, Index p, Index step, Index size,
+void gathered_sinks(const Call& c, const Workspace& sums, const std::vector<Index>& begins, Index p, Index step, Index size,
                     float* into) {
   std::fill_n(into, c.w.sinks * size, 0.0f);
   for (Index n = 0; n < c.segments; n++)
     for (Index i = 0; i < c.w.sinks; i++)
-      for (Index d = 0; d < size; d++) into[i * size + d] += sums[(begins[p * c.segments + n] + i) * step + d];
+      for (Index d = 0; d < size; d++) into[i * size + d] += sums.data[(begins[p * c.segments + n] + i) * step + d];
 }
 
 }  // namespace
@@ -110,7 +111,7 @@ extern "C" void window_backward(const float* q, Index of_batch, Index of_head, I
                segments};
   std::vector<Index> begins(units + 1, 0);
   for (Index u = 0; u < units; u++) begins[u + 1] = begins[u] + c.keys(u / segments, u % segments);
-  std::vector<float> keys(begins[units] * c.deep(), 0.0f), values(begins[units] * c.wide(), 0.0f);
+  const Workspace keys(begins[units] * c.deep()), values(begins[units] * c.wide());
 #pragma omp parallel
   {
     Scratch s;
@@ -118,10 +119,12 @@ extern "C" void window_backward(const float* q, Index of_batch, Index of_head, I
     for (Index u = 0; u < units; u++) {
       const Index p = u / segments, n = u % segments, from = c.from(p, n), end = std::min((n + 1) * SEGMENT, time);
       const Sides own = sides(c, p, from, c.last(n) - from, s);
+      const Index seen = begins[u + 1] - begins[u];
+      float *own_k = keys.data + begins[u] * c.deep(), *own_v = values.data + begins[u] * c.wide();
+      std::fill_n(own_k, seen * c.deep(), 0.0f), std::fill_n(own_v, seen * c.wide(), 0.0f);
       for (Index r = 0; r < repeats; r++)
         for (Index start = n * SEGMENT; start < end; start += TILE)
-          tile(c, own, p, r, start, std::min(TILE, end - start), from, keys.data() + begins[u] * c.deep(),
-               values.data() + begins[u] * c.wide(), s);
+          tile(c, own, p, r, start, std::min(TILE, end - start), from, own_k, own_v, s);
     }
 #pragma omp for
     for (Index u = 0; u < batch * groups * length; u++) {
