@@ -118,7 +118,10 @@ def compared(subject: Subject, runs: Mapping[str, Run], kind: str, sequence: int
 
 
 def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, repeats: int) -> tuple[Rows, dict[str, Any]]:
-    """Forward and backward pass of student and of teacher, each on its own, layers computed again in the backward pass."""
+    """Forward and backward pass of student and of teacher, each on its own, layers computed again in the backward pass.
+
+    Short rows are timed more often, for half as long as one of the longest takes: what else the machine does is short, too.
+    """
     stage = stage_of(subject.model, LORA) or Stage(LORA, 1, 1e-4)
     rows, found = Rows(), dict[str, Any]()
     for name, model, limit in (("student", subject.model, max(lengths)), ("teacher", subject.teacher, teacher_to)):
@@ -132,7 +135,7 @@ def lengths_apart(subject: Subject, lengths: Sequence[int], teacher_to: int, rep
                 subject.progress(f"bench: {name} by length", done, len(runs), length=length)
                 work = counted(run, weight_bytes(model))
                 # right after one of its own length: what another left of memory would have to be mapped anew
-                seconds = in_turn({name: run}, repeats, subject.clock)[name]
+                seconds = in_turn({name: run}, max(repeats, max(runs) // length // 2), subject.clock)[name]
                 rows.append(row(f"{name}, forward and backward", seconds, work, length, length=length))
                 a_token[str(length)] = seconds.median / length
         found[name] = {"seconds_a_token": a_token, "largest_over_smallest": max(a_token.values()) / min(a_token.values())}
