@@ -30,15 +30,7 @@ class FarMass(nn.Module):
 
     def forward(self, q: Tensor, top: Tensor) -> Tensor:
         """q (B, H, T, D), top (B, H, T)."""
-        if self.kind == "none":
-            return top
-        bias = self.bias.to(top.dtype)[:, None]
-        if self.kind == "head":
-            return top + bias
-        query = self.query.to(q.dtype)
-        # a product has gradients in a quarter of the time; of one token, a compiled step fuses the sum
-        projected = (q @ query[..., None])[..., 0] if q.shape[2] > 1 else (q * query[:, None]).sum(-1)
-        return projected + bias + self.near.to(top.dtype)[:, None] * top
+        return log_mass(q, top, *self.own())
 
     def own(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """u, b and c; None where they are 0, 0 and 1."""
@@ -49,3 +41,15 @@ class FarMass(nn.Module):
         """The same of log2 of the factor, for a maximum of base 2, in fp32."""
         query, bias, near = (None if x is None else x.float() for x in self.own())
         return None if query is None else query * LOG2E, None if bias is None else bias * LOG2E, near
+
+
+def log_mass(q: Tensor, top: Tensor, slope: Tensor | None, bias: Tensor | None, slant: Tensor | None) -> Tensor:
+    """u_h . q_t + b_h + c_h top_t (B, H, T) of q (B, H, T, D), top (B, H, T), u (H, D), b and c (H), as `FarMass.own` has them."""
+    found = top if slant is None else slant.to(top.dtype)[:, None] * top
+    if bias is not None:
+        found = found + bias.to(top.dtype)[:, None]
+    if slope is None:
+        return found
+    slope = slope.to(q.dtype)
+    # a product has gradients in a quarter of the time; of one token, a compiled step fuses the sum
+    return found + ((q @ slope[..., None])[..., 0] if q.shape[2] > 1 else (q * slope[:, None]).sum(-1))

@@ -16,6 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .far_mass import log_mass
 from .native import WIDTH, library, pointer, rows
 from .native_ops import AdditiveFunction, HedgehogFunction, MergeFunction, WindowFunction
 from .products import LN2
@@ -124,11 +125,7 @@ class _Hybrid(torch.autograd.Function):
         values = torch.nn.functional.pad(v[:, :, sinks:end], (0, 1), value=1.0)
         nothing = q.new_zeros(len(q), groups, phi_k.shape[-1], values.shape[-1])
         read, _ = AdditiveFunction.forward(memory, phi_q, phi_k, values, nothing, 0)
-        factor = part[2][:, :, begin:]
-        if slope is not None:
-            assert slant is not None
-            factor = (far_q[:, :, begin:] @ slope[..., None])[..., 0].addcmul_(slant[:, None], factor)
-        factor = factor if bias is None else factor + bias[:, None]
+        factor = log_mass(far_q[:, :, begin:], part[2][:, :, begin:], slope, bias, slant)
         out = MergeFunction.forward(whole, *part, read.flatten(1, 2), factor)
         ctx.save_for_backward(far_q, slope, *(x for tape in tapes for x in tape.saved_tensors))
         ctx.sizes, ctx.counts = sizes, [len(tape.saved_tensors) for tape in tapes]

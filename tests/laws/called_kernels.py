@@ -13,8 +13,11 @@ from linearize.modeling import native, native_hybrid
 from linearize.modeling.spec import Shape
 from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Part
+from linearize.testing import method_points
 from linearize.testing.laws import BY_HEAD, EXACT, assert_close
 
+POINTS = {point.id: point.spec for point in method_points()}
+DEFAULT = POINTS["default"]
 SHAPE = Shape(hidden_size=64, heads=4, kv_heads=2, head_dim=16, value_dim=16)
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 150)
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler, no ninja or no AVX2 here")
@@ -52,3 +55,10 @@ def same_part(found: Part, expected: Part, what: str) -> None:
     assert_close(found.output()[there], expected.output()[there], EXACT[torch.float32], what)
     mass, other = (part.top[there] + part.denominator[there].log() for part in (found, expected))
     assert_close(mass, other, EXACT[torch.float32], f"{what}, mass")
+
+
+def both_halves(test: Any) -> Any:
+    """With the mixers like the default that kernels compute whole: `changes` to its spec, `window` and `sinks`."""
+    changes = [{"far_mass": "none"}, {"far_mass": "head"}, {}, {"far_rope": False}, {"feature_dim": 32}, {"kv_dtype": "int8"}]
+    sizes = pytest.mark.parametrize("window, sinks", [(1, 0), (7, 4), (64, 4), (70, 0)])
+    return sizes(pytest.mark.parametrize("changes", changes, ids=str)(test))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from called_kernels import LENGTHS, SHAPE, needs_kernels, recorded, wide, widened
+from called_kernels import DEFAULT, LENGTHS, POINTS, SHAPE, both_halves, needs_kernels, recorded, wide, widened
 from forms import STRENGTHS, compare, evaluate
 from torch import Tensor
 
@@ -24,11 +24,8 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.native_decayed import decayed
 from linearize.modeling.spec import MixerSpec
 from linearize.modeling.stream import Inputs
-from linearize.testing import method_points, random_inputs, randomise
+from linearize.testing import random_inputs, randomise
 from linearize.testing.laws import EXACT, assert_close, deviation, run
-
-POINTS = {point.id: point.spec for point in method_points()}
-DEFAULT = POINTS["default"]
 
 
 @pytest.fixture(autouse=True)
@@ -208,12 +205,7 @@ def _with_parameters(mixer: Mixer, inputs: Inputs) -> dict[str, Tensor]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("window, sinks", [(1, 0), (7, 4), (64, 4), (70, 0)])
-@pytest.mark.parametrize(
-    "changes",
-    [{"far_mass": "none"}, {"far_mass": "head"}, {}, {"far_rope": False}, {"feature_dim": 32}, {"kv_dtype": "int8"}],
-    ids=str,
-)
+@both_halves
 def test_both_halves_in_one_pass(changes: dict[str, Any], window: int, sinks: int, called: list[str]) -> None:
     """Rows that have seen different numbers of tokens go on, over several chunks and several of what is computed at once."""
     spec = replace(DEFAULT, window=window, sinks=sinks, **changes)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from called_kernels import LENGTHS, SHAPE, needs_kernels, recorded, same_part, wide, widened
+from called_kernels import DEFAULT, LENGTHS, SHAPE, both_halves, needs_kernels, recorded, same_part, wide, widened
 from torch import Tensor
 
 from linearize.modeling import native_ops
@@ -22,9 +22,7 @@ from linearize.testing import random_inputs, randomise
 from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = needs_kernels
-DEFAULT = MixerSpec(
-    feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", window=64, sinks=4, far_mass="query"
-)
+HYBRID = replace(DEFAULT, window=64, sinks=4)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +90,7 @@ def test_softmax_of_a_whole_text(sliding: int | None, called: list[str]) -> None
 @pytest.mark.parametrize("empty", [False, True])
 def test_merge(empty: bool, monkeypatch: pytest.MonkeyPatch, called: list[str]) -> None:
     """Some memories are empty, and some weigh more, or less, than what they are merged with."""
-    mixer = randomise(Mixer(DEFAULT, SHAPE))
+    mixer = randomise(Mixer(HYBRID, SHAPE))
     for time in LENGTHS:
         near = Part(torch.randn(2, 4, time, 16), torch.rand(2, 4, time) + 0.1, 3 * torch.randn(2, 4, time))
         read, factor = torch.randn(2, 4, time, 17), 5 * torch.randn(2, 4, time)
@@ -127,13 +125,17 @@ def _merged(mixer: Mixer, near: Part, read: Tensor, factor: Tensor) -> list[Tens
 WANTED = (("q", "k", "v"), ("map_q.weight", "map_k.weight"), ("v", "map_k.weight", "far_mass.query"), None)
 
 
-@pytest.mark.parametrize("window, sinks", [(1, 0), (7, 4), (64, 4), (70, 0)])
-@pytest.mark.parametrize(
-    "changes",
-    [{"far_mass": "none"}, {"far_mass": "head"}, {}, {"far_rope": False}, {"feature_dim": 32}, {"kv_dtype": "int8"}],
-    ids=str,
-)
-def test_gradients_of_both_halves(changes: dict[str, Any], window: int, sinks: int, called: list[str]) -> None:
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of both halves as one function with gradients."""
+    taken: list[Any] = []
+    original = Mixer._trained
+    monkeypatch.setattr(Mixer, "_trained", lambda self, *given: taken.append(given) or original(self, *given))
+    return taken
+
+
+@both_halves
+def test_gradients_of_both_halves(changes: dict[str, Any], window: int, sinks: int, called: list[str], trained: list[Any]) -> None:
     """Of whole texts, by what the stage trains; None: all there is."""
     spec = replace(DEFAULT, window=window, sinks=sinks, **changes)
     mixer, other = (randomise(Mixer(spec, SHAPE)) for _ in "ab")
@@ -144,7 +146,9 @@ def test_gradients_of_both_halves(changes: dict[str, Any], window: int, sinks: i
         if wanted and spec.far_mass != "query":
             wanted = tuple(name for name in wanted if not name.startswith("far_mass"))
         called.clear()
+        trained.clear()
         found = _gradients(mixer, inputs, wanted)
+        assert len(trained) == 1
         assert {"merge_backward", "additive_backward"} <= set(called)
         assert ("window_backward" in called) == (wanted is None or not {"q", "k", "v"}.isdisjoint(wanted))
         for name, expected in _gradients(other, widened(inputs), wanted).items():
@@ -164,24 +168,22 @@ def _gradients(mixer: Mixer, inputs: Inputs, wanted: tuple[str, ...] | None) -> 
     return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def test_both_halves_are_one_function_where_they_are_trained_and_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, taken = randomise(Mixer(DEFAULT, SHAPE)), []
-    original = Mixer._trained
-    monkeypatch.setattr(Mixer, "_trained", lambda self, *given: taken.append(given) or original(self, *given))
+def test_both_halves_are_one_function_where_they_are_trained_and_no_state_is_kept(trained: list[Any]) -> None:
+    mixer = randomise(Mixer(HYBRID, SHAPE))
     short, long = (random_inputs(SHAPE, time, dtype=torch.float32, softcap=None) for time in (68, 69))
     mixer(long, keep=True)
     mixer(short)
     mixer(replace(long, segments=torch.zeros(2, 69, dtype=torch.long)))
     with torch.no_grad():
         mixer(long)
-    assert not taken
+    assert not trained
     mixer(long)
-    assert len(taken) == 1
+    assert len(trained) == 1
 
 
 def test_a_graph_that_was_gone_through_is_freed() -> None:
     """Its tensors hold no one another: no garbage collection is due."""
-    mixer, inputs = randomise(Mixer(DEFAULT, SHAPE)), random_inputs(SHAPE, 100, dtype=torch.float32, softcap=None)
+    mixer, inputs = randomise(Mixer(HYBRID, SHAPE)), random_inputs(SHAPE, 100, dtype=torch.float32, softcap=None)
     there: list[int] = []
     gc.disable()
     try:
