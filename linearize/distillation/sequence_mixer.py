@@ -20,6 +20,7 @@ from linearize.distillation.collectives import from_left
 from linearize.distillation.sequence_memory import Summary, applied, gathering, incoming, summed
 from linearize.modeling.memory import FIELDS, State, empty_state, fill_sinks
 from linearize.modeling.mixer import Mixer
+from linearize.modeling.products import without_autocast
 from linearize.modeling.rows import Rows, make_rows
 from linearize.modeling.spec import MixerSpec
 from linearize.modeling.stream import Halves, Inputs
@@ -99,7 +100,7 @@ def halves(mixer: Mixer, inputs: Inputs, part: Part) -> tuple[Halves, Scatter]:
 
 def mix(mixer: Mixer, inputs: Inputs, part: Part) -> Tensor:
     """What `mixer(inputs)[0]` would be at the tokens of this part (B, T, H, V): see `halves`."""
-    with torch.autocast(inputs.q.device.type, enabled=False):
+    with without_autocast(inputs.q):
         found, scatter = halves(mixer, inputs, part)
         return scatter(mixer.combine(found)).transpose(1, 2).to(inputs.q.dtype)
 

@@ -15,16 +15,25 @@ from .window import Part
 
 def of_heads(x: Tensor, heads: Sequence[int], kv_heads: int) -> Tensor:
     """The rows of `heads` in x (B, h, ...)."""
-    pieces = x.chunk(kv_heads, dim=1)
-    return torch.cat([pieces[head] for head in heads], dim=1)
+    return _beside([(x, head) for head in heads], x.shape[1] // kv_heads)
 
 
 def with_heads(x: Tensor, own: Tensor, heads: Sequence[int], kv_heads: int) -> Tensor:
     """x (B, h, ...) with the rows of `heads` from `own`."""
-    pieces = list(x.chunk(kv_heads, dim=1))
-    for head, piece in zip(heads, own.chunk(len(heads), dim=1), strict=True):
-        pieces[head] = piece
-    return torch.cat(pieces, dim=1)
+    places = [(own, heads.index(head)) if head in heads else (x, head) for head in range(kv_heads)]
+    return _beside(places, x.shape[1] // kv_heads)
+
+
+def _beside(places: Sequence[tuple[Tensor, int]], share: int) -> Tensor:
+    """Heads of tensors, `share` rows each, side by side; in one piece those that are so already."""
+    runs: list[tuple[Tensor, int, int]] = []
+    for x, head in places:
+        if runs and runs[-1][0] is x and runs[-1][2] == head:
+            runs[-1] = (x, runs[-1][1], head + 1)
+        else:
+            runs.append((x, head, head + 1))
+    pieces = [x[:, first * share : last * share] for x, first, last in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
 def part_of_heads(part: Part, heads: Sequence[int], kv_heads: int) -> Part:

@@ -205,12 +205,15 @@ class Leaving(Far):
         return read
 
     def _admit_step(self, rows: Tokens, state: State, after: State, valid: Tensor, dtype: torch.dtype) -> tuple[Tokens, Tensor]:
-        """What no slot keeps of tokens that leave, opened. They compete as they are stored: those in slots are not opened."""
+        """What no slot keeps of tokens that leave, opened, where a memory takes it. They compete as they are stored: those in slots
+        are not opened."""
         admission = admit(held(state), rows, valid)
         after.update({f"slot_{name}": x for name, x in admission.slots.items()})
         further = self._admit_more(held(state, place="more"), admission) if self.spec.more_slots else None
         if further is not None:
             after.update({f"more_{name}": x for name, x in further.slots.items()})
+        if not self.takes_leavers:
+            return {}, valid
         lost, out = self._out_of_all(admission, further)
         return opened_tokens(lost, dtype), out
 
@@ -254,7 +257,7 @@ class Leaving(Far):
 
 def by_kernel(score: Scores, *tensors: Tensor) -> bool:
     """Whether a kernel has queries read slots."""
-    return score.softcap is None and takes_frozen(*tensors)
+    return score.softcap is None and takes_frozen(*tensors, traced=True)
 
 
 def reads_stored(score: Scores, q: Tensor, state: State) -> bool:

@@ -22,7 +22,7 @@ from .native import differentiable, takes, takes_frozen
 from .native_hybrid import fuses, hybrid, hybrid_trained
 from .native_ops import merge
 from .places import Place, Places
-from .products import LOG2E
+from .products import LOG2E, without_autocast
 from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
@@ -56,7 +56,7 @@ class Mixer(Leaving):
     def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
         if not self.spec.causal and (state is not None or keep):
             raise ValueError("a bidirectional layer has no state: give it whole texts, without a cache")
-        with torch.autocast(inputs.q.device.type, enabled=False):
+        with without_autocast(inputs.q):
             rows = None
             if inputs.segments is not None or inputs.mask is not None:
                 batch, _, time, _ = inputs.q.shape
@@ -90,7 +90,7 @@ class Mixer(Leaving):
         take: Callable[[Tensor], Tensor] = (lambda x: x) if rows is None else rows.gather
         q, k, v = (take(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
         if spec.kv_dtype == "int8":
-            k, v = rounded(k, EIGHT), rounded(v, EIGHT)
+            k, v = pair(rounded, k, v, EIGHT)
         lengths = None if rows is None else rows.lengths
         if place is not None:
             position = place.position
@@ -286,7 +286,7 @@ class Mixer(Leaving):
 
     def halves(self, inputs: Inputs, rows: Rows | None = None, state: State | None = None) -> Halves:
         """Both halves after `state`, of these rows or of full ones, for whoever fits one to the other."""
-        with torch.autocast(inputs.q.device.type, enabled=False):
+        with without_autocast(inputs.q):
             return self._chunked(self._stream(inputs, rows, state), state, inputs.score, False, inputs.k.dtype)[0]
 
     def features(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

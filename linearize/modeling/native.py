@@ -12,20 +12,23 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar, cast
 
 try:
     import torch
     from torch import Tensor
+    from torch._subclasses import FakeTensor
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 BACKENDS = ("auto", "torch", "native", "fla")
 SOURCES = Path(__file__).with_name("cpu")
 WIDTH = 16  # rows of numbers are filled up to a multiple of it; tiles.h
+F = TypeVar("F", bound=Callable[..., Any])
+TRACED: list[Callable[[], Any]] = []  # what makes their operators
 FLAGS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 
 
@@ -75,12 +78,14 @@ def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
         os.replace(built, path)
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether kernels compute a call with these tensors. ImportError where they must and cannot be built."""
-    backend, given = asked(), [x for x in tensors if x is not None]
-    if backend not in ("auto", "native") or torch.compiler.is_compiling():
+def takes(*tensors: Tensor | None, traced: bool = False) -> bool:
+    """Whether kernels compute a call with these tensors, of a trace those alone that are `traced`. ImportError where they must and
+    cannot be built."""
+    backend, given, tracing = asked(), [x for x in tensors if x is not None], torch.compiler.is_compiling()
+    if backend not in ("auto", "native") or (tracing and not traced):
         return False
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.float32 and x.numel() for x in given)
+    numbers = all(x.is_cpu and x.dtype == torch.float32 and x.numel() for x in given)
+    plain = numbers and (tracing or all(type(x) in (Tensor, torch.nn.Parameter) for x in given))
     if plain and library() is None and backend == "native":
         why = attempt()
         need = "LINEARIZE_BACKEND=native needs a C++ compiler with OpenMP and ninja, linearize's extra 'cpu'"
@@ -93,9 +98,9 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def takes_frozen(*tensors: Tensor | None) -> bool:
+def takes_frozen(*tensors: Tensor | None, traced: bool = False) -> bool:
     """Whether kernels without a backward pass compute a call with these tensors."""
-    return takes(*tensors) and not differentiable(*tensors)
+    return takes(*tensors, traced=traced) and not differentiable(*tensors)
 
 
 @cache
@@ -117,8 +122,36 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def traced(function: F) -> F:
+    """A function of tensors by a kernel, without gradients, which a trace (torch.compile, torch.export) takes for one operator.
+
+    It is made where it is first asked for, or by `operators`: whoever loads what was traced calls that first.
+    """
+
+    @cache
+    def operator() -> Any:
+        made = torch.library.custom_op(f"linearize::{function.__name__}", function, mutates_args=())
+        made.register_fake(function)
+        return made
+
+    @wraps(function)
+    def either(*given: Any) -> Any:
+        return (operator() if torch.compiler.is_compiling() else function)(*given)
+
+    TRACED.append(operator)
+    return cast(F, either)
+
+
+def operators() -> None:
+    """Make all that traces take for operators."""
+    for operator in TRACED:
+        operator()
+
+
 def call(name: str, *arguments: Tensor | float | int | None) -> None:
-    """A kernel on tensors' memory, 64-bit integers and floats."""
+    """A kernel on tensors' memory, 64-bit integers and floats; nothing where a trace asks for shapes alone."""
+    if arguments and isinstance(arguments[0], FakeTensor):
+        return
     kernel = getattr(library(), name)
     if kernel.argtypes is None:  # the same at every call
         kinds = {float: ctypes.c_float, int: ctypes.c_int64}

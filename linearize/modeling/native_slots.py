@@ -8,10 +8,11 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import call, rows, takes
+from .native import call, rows, takes, traced
 from .spec import SCALE_BYTES, channels_of_int4, int4_width
 
 
+@traced
 def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Who of m = `size` slots' tokens and n arrivals stays, of scores (B, G, m + n), -inf where there is none.
 
@@ -26,16 +27,21 @@ def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return gone, lost, after, out
 
 
-def pick(slots: Tensor, arrivals: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, h, n', .) or (B, h, n') of slots (B, h, m, .) and arrivals (B, h, n, .) of any one type at index (B, G, n')."""
-    slots, arrivals, index = slots.contiguous(), arrivals.contiguous(), index.contiguous()
-    (batch, heads, size), count = slots.shape[:3], index.shape[2]
-    into = slots.new_empty(batch, heads, count, *slots.shape[3:])
-    width = slots.shape[3:].numel() * slots.element_size()
-    call("slots_pick", slots, arrivals, index, into, batch * heads, heads // index.shape[1], size, arrivals.shape[2], count, width)
-    return into
+@traced
+def pick(slots: list[Tensor], arrivals: list[Tensor], index: Tensor) -> list[Tensor]:
+    """Each of slots (B, h, m, .) or (B, h, m) and arrivals (B, h, n, .), of any type, at index (B, G, n'): (B, h, n', .)."""
+    index, found = index.contiguous(), []
+    for held, came in zip(slots, arrivals, strict=True):
+        held, came = held.contiguous(), came.contiguous()
+        (batch, heads, size), count = held.shape[:3], index.shape[2]
+        into = held.new_empty(batch, heads, count, *held.shape[3:])
+        width = held.shape[3:].numel() * held.element_size()
+        call("slots_pick", held, came, index, into, batch * heads, heads // index.shape[1], size, came.shape[2], count, width)
+        found.append(into)
+    return found
 
 
+@traced
 def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator, denominator and maximum of base 2 of q (B, G, R, n, D) on candidates k and v (B, G, C, .), without gradients.
 
@@ -49,6 +55,7 @@ def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale:
     return numerator, denominator, top
 
 
+@traced
 def read_stored(q: Tensor, k: Tensor, v: Tensor, score: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one token's queries q (B, G, R, 1, D) on slots (B, G, m, .) as they are stored, of scores (B, G, m)."""
     (batch, groups, repeats, _, dim), size = q.shape, k.shape[2]
@@ -65,9 +72,10 @@ def read_stored(q: Tensor, k: Tensor, v: Tensor, score: Tensor, scale: float) ->
 
 def reads(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel reads what is stored as x, in this dtype."""
-    return x.numel() > 0 and dtype == torch.float32 and takes(x.new_empty(1, dtype=dtype))
+    return x.numel() > 0 and dtype == torch.float32 and takes(x.new_empty(1, dtype=dtype), traced=True)
 
 
+@traced
 def keep(x: Tensor, four: bool) -> Tensor:
     """`storage.kept` of x (..., D) in int4, or in int8."""
     channels = x.shape[-1]
@@ -76,6 +84,7 @@ def keep(x: Tensor, four: bool) -> Tensor:
     return stored if four else stored.view(torch.int8)
 
 
+@traced
 def read_back(x: Tensor, four: bool) -> Tensor:
     """`storage.rounded` without a gradient."""
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -83,6 +92,7 @@ def read_back(x: Tensor, four: bool) -> Tensor:
     return values
 
 
+@traced
 def read(x: Tensor, four: bool) -> Tensor:
     """`storage.opened` of x (..., bytes): (..., D)."""
     channels = channels_of_int4(x.shape[-1]) if four else x.shape[-1] - SCALE_BYTES

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -84,6 +85,12 @@ def _one_by_one(a: Tensor, b: Tensor) -> Tensor:
     for i in itertools.product(*map(range, leading)):
         torch.mm(a[i], b[i], out=out[i])
     return out
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """No product on the device of x is cast. Where none would be, there is no context at which a trace would cut its graph."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def by_onednn(a: Tensor) -> bool:

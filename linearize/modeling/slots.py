@@ -68,13 +68,11 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 
 def picked(slots: Tokens, arrivals: Tokens, index: Tensor) -> Tokens:
     """What tokens carry, of slots and arrivals as one, at index (B, G, n)."""
-    kernel, found = takes(slots["score"], arrivals["score"]), {}
-    for name, x in arrivals.items():
-        if kernel and not differentiable(slots[name], x):
-            found[name] = native_pick(slots[name], x, index)
-        else:
-            found[name] = pick(torch.cat([slots[name], x], dim=2), index)
-    return found
+    kernel, names = takes(slots["score"], arrivals["score"], traced=True), list(arrivals)
+    plain = [name for name in names if kernel and not differentiable(slots[name], arrivals[name])]
+    given = native_pick([slots[name] for name in plain], [arrivals[name] for name in plain], index) if plain else []
+    found = dict(zip(plain, given, strict=True))
+    return {name: found[name] if name in found else pick(torch.cat([slots[name], arrivals[name]], dim=2), index) for name in names}
 
 
 def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
@@ -83,7 +81,7 @@ def admit(slots: Tokens, arrivals: Tokens, valid: Tensor) -> Admission:
     slots = {name: slots[name].to(x.dtype) for name, x in arrivals.items()}
     arrivals = {**arrivals, "score": arrivals["score"].masked_fill(~valid[:, None], EMPTY)}
     score = torch.cat([slots["score"], arrivals["score"]], dim=2)
-    if takes(score):
+    if takes(score, traced=True):
         gone, lost, after, out = admission(score, size)
         return Admission(slots, arrivals, gone, picked(slots, arrivals, after), lost, out)
     there = score > EMPTY

@@ -33,7 +33,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     int8: s round(x / s), s = max |x| / 127 in bf16. int4, in blocks of 32 channels: s (c + z / 2), c = 0 .. 15 the nearest, s a
     fifteenth of what x spans in 5 bits of exponent and 3 of mantissa, z an offset of 8 bits.
     """
-    if takes_frozen(x):
+    if takes_frozen(x, traced=True):
         return read_back(x, dtype == FOUR)
     return opened(kept(x, dtype), x.dtype) + (x - x.detach())
 
@@ -43,7 +43,7 @@ def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in (EIGHT, FOUR):
         return x.to(dtype)
     x = x.detach()
-    if takes(x):
+    if takes(x, traced=True):
         return keep(x, dtype == FOUR)
     if dtype == FOUR:
         return _packed(x)

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from linearize.errors import ResourceError, UsageError
 from linearize.modeling import modeling_linearized
 from linearize.modeling.memory import RecurrentLayer, State, empty_state
+from linearize.modeling.native import operators
 from linearize.modeling.spec import MixerSpec
 from linearize.progress import Progress, silent
 
@@ -37,7 +38,7 @@ OPTIONS = {
     "aot_inductor.enable_line_tables": False,
     "cpp.min_chunk_size": SMALL,
 }
-TASK = "compiling one token's step, once for this model: about two minutes for 30 layers"
+TASK = "compiling one token's step, once for this model: one to four minutes for 30 layers"
 PLAIN = ("logits_to_keep", "return_dict")  # keywords of a call that the compiled step answers as well
 
 
@@ -238,6 +239,7 @@ def _key(model: Any, weights: Mapping[str, Tensor], batch: int) -> str:
 
 def _opened(path: Path, weights: Mapping[str, Tensor]) -> Any:
     """The compiled function, reading its constants where the model has them."""
+    operators()
     run: Any = torch._inductor.aoti_load_package(str(path))
     constants = {name: weights[name.removeprefix("model.")].detach() for name in run.get_constant_fqns()}
     run.load_constants(constants, check_full_update=True, user_managed=True)

@@ -23,7 +23,10 @@ from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of compiled steps is not installed")
 
-SLOTS = {"window": 4, "sinks": 2, "slots": 3, "more_slots": 2, "more_heads": (1,), "slot_score": "attention"}
+SLOTS = {
+    "window": 4, "sinks": 2, "slots": 3, "more_slots": 2, "more_heads": (1,), "slot_score": "attention", "kv_dtype": "int8",
+    "slot_dtype": "int4",
+}  # fmt: skip
 
 
 def spec_of(method: str, **changes: Any) -> MixerSpec:

@@ -11,6 +11,7 @@ import torch
 from called_kernels import needs_kernels, recorded, same_part
 from torch import Tensor
 
+from linearize.modeling import native
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.native_slots import among_slots, read_stored
 from linearize.modeling.products import LN2, LOG2E
@@ -160,6 +161,26 @@ def test_reading_as_they_are_stored(filled: float, dtype: torch.dtype, called: l
         expected = attend(q.double().unsqueeze(3), group, Scores(0.3))[0]
         same_part(Part(found[0], found[1], found[2] * LN2), expected, f"{size} slots")
     assert "slots_read" in called
+
+
+def test_a_trace_takes_each_for_one_operator(called: list[str]) -> None:
+    """What it gives is told without numbers, and it writes to nothing that it is given."""
+    q, x, score = torch.randn(2, 2, 3, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9)
+    given = {
+        "admission": (score, 5),
+        "pick": ([x, score], [x[:, :, :3], score[:, :, :3]], torch.tensor([0, 11, 4]).expand(2, 2, 3)),
+        "among_slots": (q, x, x, torch.full((2, 2, 9), 1), 8, 0.3),
+        "read_stored": (q, kept(x, FOUR), kept(x, FOUR), score, 0.3),
+        "keep": (x, True),
+        "read_back": (x, False),
+        "read": (kept(x, EIGHT), False),
+    }
+    made = {operator._name: operator for operator in (make() for make in native.TRACED)}
+    assert set(made) == set(given)
+    for name, arguments in given.items():
+        count = len(called)
+        torch.library.opcheck(made[name], arguments, test_utils=("test_schema", "test_faketensor"))
+        assert len(called) > count, name
 
 
 # ---- mixers ----

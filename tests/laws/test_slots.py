@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linearize.modeling.heads import of_heads, with_heads
 from linearize.modeling.slots import Tokens, admit
 from linearize.testing.oracle import compete
 
@@ -42,3 +43,15 @@ def test_arrivals_compete_one_after_another(size: int, new: int, levels: int, fi
             left, score = found.slots["k"][row, head, :, 0], found.slots["score"][row, head]
             assert left[: len(own)].tolist() == sorted(own)
             assert score.tolist() == [own[j] for j in sorted(own)] + [-torch.inf] * (size - len(own))
+
+
+@pytest.mark.parametrize("heads", [(0,), (2,), (0, 1), (1, 3), (3, 1), (2, 3, 0), (0, 1, 2, 3)])
+@pytest.mark.parametrize("share", [1, 3])
+def test_some_heads_of_all(heads: tuple[int, ...], share: int) -> None:
+    """Their rows, in any order, and the whole with other ones in their places."""
+    x, own = torch.randn(2, 4 * share, 5), torch.randn(2, len(heads) * share, 5)
+    rows = [head * share + i for head in heads for i in range(share)]
+    assert torch.equal(of_heads(x, heads, 4), x[:, rows])
+    expected = x.clone()
+    expected[:, rows] = own
+    assert torch.equal(with_heads(x, own, heads, 4), expected)
