@@ -7,6 +7,9 @@ from torch import Tensor
 
 from linearize.methods.calibration import Calibration
 from linearize.modeling.mixer import Mixer
+from linearize.modeling.native import takes_frozen
+from linearize.modeling.native_ops import received
+from linearize.modeling.products import LOG2E
 from linearize.modeling.slot_scores import SlotScore, log_attention
 from linearize.modeling.spec import MixerSpec, Shape
 
@@ -71,10 +74,13 @@ def set_rates(mixer: Mixer) -> None:
 def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calibration) -> tuple[Tensor, Tensor]:
     """The largest attention of a query that each token gets from more than an eighth of the window away while it is in the window,
     of what sinks and window then share out; and from beyond the window, of the teacher's own: each (B, G, T)."""
-    q = calibration.inputs.q
-    inside, beyond = (torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device) for _ in range(2))  # logarithms
+    q, k, score = calibration.inputs.q, calibration.inputs.k, calibration.inputs.score
     places = torch.arange(q.shape[2], device=q.device)
     first = places - spec.window + 1 if spec.block == 1 else (places // spec.window - 1) * spec.window  # in a query's window
+    if score.softcap is None and score.sliding is None and k.shape[1] == groups and takes_frozen(q, k):
+        inside, beyond = received(q, k, first, spec.sinks, spec.window // 8, score.scale * LOG2E)
+        return inside.exp_(), beyond.exp_()
+    inside, beyond = (torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device) for _ in range(2))  # logarithms
 
     def note(found: Tensor, keys: Tensor, scores: Tensor) -> None:
         most = scores.amax(2).unflatten(1, (groups, -1)).amax(2).to(found.dtype)

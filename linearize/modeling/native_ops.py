@@ -12,6 +12,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .native import call, rows, up
+from .products import LN2
 from .recurrence_additive import CHUNK
 
 TAPS = 8  # of a convolution, at most; convolution.cpp
@@ -167,6 +168,20 @@ def cross_entropy(
     for share in of_k[1:]:
         of_k[0].add_(share)  # in place: a sum over a dimension fills its memory first
     return loss, of_q, of_k[0]
+
+
+def received(q: Tensor, k: Tensor, first: Tensor, sinks: int, apart: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Of a causal softmax of q (B, H, T, D) on k (B, G, T, D), the most that a key gets, in logarithms, each (B, G, T):
+
+    of what a query's window, whose `first` (T) key it is from on, and sinks share out, from those more than `apart` tokens away;
+    and of all, from those whose window it has left. -inf where there is none; `scale` is that of scores of base 2.
+    """
+    q, k = rows(q), rows(k)
+    (batch, groups, time, dim), repeats = k.shape, q.shape[1] // k.shape[1]
+    inside, beyond = q.new_empty(batch, groups, time), q.new_empty(batch, groups, time)
+    given = (q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous(), inside, beyond)
+    call("attention_received", *given, batch, groups, repeats, time, dim, sinks, apart, scale)
+    return inside.mul_(LN2), beyond.mul_(LN2)
 
 
 # ---- rotary position embeddings ----

@@ -1,16 +1,20 @@
-"""The kernel for the cross-entropy of attention weights: what PyTorch computes in float64, in value and gradients."""
+"""The kernels for attention weights, their cross-entropy and what each token receives: what PyTorch computes in float64."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from called_kernels import needs_kernels, recorded
+from called_kernels import POINTS, SHAPE, needs_kernels, recorded, widened
 from torch import Tensor
 
 from linearize.distillation.weights_loss import cross_entropy
+from linearize.methods.calibration import Calibration
+from linearize.methods.slot_fit import attention_inside_and_beyond
 from linearize.modeling.window import Scores
+from linearize.testing import random_inputs
 from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = needs_kernels
@@ -85,3 +89,20 @@ def test_who_computes(called: list[str]) -> None:
     found(streams(20, 2, 1, 16, 1.0), None, slice(0, 20), 5.0)
     found(streams(20, 2, 1, 12, 1.0), None, slice(0, 20))
     assert called == ["weights_loss"]
+
+
+@pytest.mark.parametrize("kind", ["sliding", "terraced"])
+@pytest.mark.parametrize("window, sinks", [(1, 0), (8, 3), (24, 0), (64, 4)])
+@pytest.mark.parametrize("time", [1, 5, 31, 70, 200])
+def test_what_each_token_receives(time: int, window: int, sinks: int, kind: str, called: list[str]) -> None:
+    """As PyTorch has it in float64; windows that the text does not fill, and steps of q's own."""
+    spec = replace(POINTS["lola"], window_kind=kind, window=window, sinks=sinks, slots=3)
+    inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
+    inputs = replace(inputs, q=inputs.q.transpose(1, 2).contiguous().transpose(1, 2))
+    target = torch.zeros(len(inputs.q), time, SHAPE.heads, SHAPE.value_dim)
+    found = attention_inside_and_beyond(spec, 2, Calibration(inputs, target))
+    assert called == ["attention_received"]
+    expected = attention_inside_and_beyond(spec, 2, Calibration(widened(inputs), target.double()))
+    for own, other in zip(found, expected, strict=True):
+        assert torch.allclose(own, other, rtol=1e-4, atol=1e-9)
+    assert called == ["attention_received"]
