@@ -179,7 +179,7 @@ def received(q: Tensor, k: Tensor, first: Tensor, sinks: int, apart: int, scale:
     q, k = rows(q), rows(k)
     (batch, groups, time, dim), repeats = k.shape, q.shape[1] // k.shape[1]
     inside, beyond = q.new_empty(batch, groups, time), q.new_empty(batch, groups, time)
-    given = (q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous(), inside, beyond)
+    given: tuple[Tensor | int, ...] = (q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous(), inside, beyond)
     call("attention_received", *given, batch, groups, repeats, time, dim, sinks, apart, scale)
     return inside.mul_(LN2), beyond.mul_(LN2)
 
