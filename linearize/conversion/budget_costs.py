@@ -93,15 +93,16 @@ def measure_costs(model: Any, plan: Plan, rows: Rows, scores: Scores, seed: int,
 
     def observe(attention: LinearizedAttention, inputs: Inputs, target: Tensor) -> None:
         layer, every = attention.linearize_index, Calibration(inputs, target)
+        fitted, judged = every.part(begin), every.part(measured)
         weighed, near = list[Weighed](), dict[frozenset[tuple[str, Any]], Tensor]()
         for name, own, parts in places:
             slots = frozenset(without_memory(own).items())
             if slots in near:  # what the memory of the same slots left out already
                 weighed.append(Weighed(name, own, parts[layer].mixer, near[slots]))
                 continue
-            mixer = started(parts[layer], plan, every.part(begin), scores.get(layer), seed)
-            halves = mixer.halves(every.part(measured).inputs)
-            off = every.target[measured], gradients[layer], plan.shape.kv_heads
+            mixer = started(parts[layer], plan, fitted, scores.get(layer), seed)
+            halves = mixer.halves(judged.inputs)
+            off = judged.target, gradients[layer], plan.shape.kv_heads
             weighed.append(Weighed(name, own, mixer.spec, moved(mixer.combine(halves), *off)))
             if mixer.spec.slots and halves.near is not None:
                 near[slots] = moved(halves.near.output(), *off)

@@ -21,17 +21,24 @@ class Calibration:
     inputs: Inputs
     target: Tensor
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _parts: dict[tuple[int, int, int] | int, Calibration] = field(default_factory=dict, repr=False)
 
     def part(self, rows: slice) -> Calibration:
-        """Some of the rows alone."""
-        every = {name: getattr(self.inputs, name) for name in ROWS}
-        shared = {name: x for name, x in every.items() if x is not None and len(x) < len(self.target)}  # one for all rows
-        cut = {name: x[rows] for name, x in every.items() if x is not None} | shared
-        return Calibration(replace(self.inputs, **cut), self.target[rows])
+        """Some of the rows alone; the same ones are one object, so that what was computed of them is kept."""
+        wanted = rows.indices(len(self.target))
+        if wanted not in self._parts:
+            every = {name: getattr(self.inputs, name) for name in ROWS}
+            shared = {name: x for name, x in every.items() if x is not None and len(x) < len(self.target)}  # one for all rows
+            cut = {name: x[rows] for name, x in every.items() if x is not None} | shared
+            self._parts[wanted] = Calibration(replace(self.inputs, **cut), self.target[rows])
+        return self._parts[wanted]
 
     def first(self, tokens: int) -> Calibration:
-        """The first tokens of each row alone."""
-        return Calibration(self.inputs.first(min(tokens, self.target.shape[1])), self.target[:, :tokens])
+        """The first tokens of each row alone; of the same number one object."""
+        tokens = min(tokens, self.target.shape[1])
+        if tokens not in self._parts:
+            self._parts[tokens] = Calibration(self.inputs.first(tokens), self.target[:, :tokens])
+        return self._parts[tokens]
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """The teacher's scores (B, H, block, stop) of a block of queries over keys up to its end, -inf at those it does not see."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from linearize.modeling.feature_maps_learned import T2R, Feedforward
 from linearize.modeling.gates import FixedGate, HiddenGate, Projection
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.stream import Halves
+from linearize.modeling.window import Part
 
 SCALES = (1.0, 2.0, 4.0)
 SHIFTS = (0.0, -0.5, -1.0, -2.0, -3.0, -5.0, -8.0)
@@ -28,9 +30,9 @@ def calibrate(mixer: Mixer, calibration: Calibration) -> None:
     """Start a mixer as near to the teacher as its parameters allow: decays, gate, maps, output, merge, in that order."""
     fit_decay(mixer, calibration)
     open_gate(mixer, calibration)
-    scale_maps(mixer, calibration)
+    near = scale_maps(mixer, calibration)
     fit_output(mixer, calibration)
-    fit_merge(mixer, calibration)
+    fit_merge(mixer, calibration, near)
 
 
 def constant_far_mass(mixer: Mixer, log_mass: float) -> None:
@@ -39,15 +41,33 @@ def constant_far_mass(mixer: Mixer, log_mass: float) -> None:
         mixer.far_mass.bias.data.fill_(log_mass)
 
 
-def fit_merge(mixer: Mixer, calibration: Calibration) -> Tensor | None:
-    """The merge that gives the least output error a head: (H,), or None where there is nothing to fit."""
+class Fitted(NamedTuple):
+    """The output error a head (H,), None where there was nothing to fit; and the near half, which no fit of the memory changes."""
+
+    errors: Tensor | None = None
+    near: Part | None = None
+
+
+def halves_beside(mixer: Mixer, calibration: Calibration, near: Part | None) -> Halves:
+    """Both halves; where the near one is given, slots are not read again."""
+    if near is None:
+        return mixer.halves(calibration.inputs)
+    mixer.ablate = "slots"
+    try:
+        return replace(mixer.halves(calibration.inputs), near=near)
+    finally:
+        mixer.ablate = None
+
+
+def fit_merge(mixer: Mixer, calibration: Calibration, near_part: Part | None = None) -> Fitted:
+    """The merge that gives the least output error, beside this near half where it is known."""
     if not mixer.spec.has_near:
-        return None
-    halves = mixer.halves(calibration.inputs)
+        return Fitted()
+    halves = halves_beside(mixer, calibration, near_part)
     if halves.near is None or halves.far is None:
-        return None
+        return Fitted()
     if mixer.far_mass is not None:
-        return fit_far_mass(mixer, halves, calibration)
+        return Fitted(fit_far_mass(mixer, halves, calibration), halves.near)
     near, far, target = halves.near.output(), halves.far, calibration.target.transpose(1, 2).to(halves.far.dtype)
     if mixer.merge.weights is not None:
         mixer.merge.weights.data.copy_(two_weights(near, far, target).float())
@@ -56,7 +76,7 @@ def fit_merge(mixer: Mixer, calibration: Calibration) -> Tensor | None:
         bias: Any = mixer.merge.gate.bias
         share = ((target - far) * gap).sum((0, 2, 3)) / gap.square().sum((0, 2, 3)).clamp(min=1e-12)
         bias.data.copy_(torch.logit(share.clamp(0.02, 0.98)))
-    return error_of(mixer, halves, calibration)
+    return Fitted(error_of(mixer, halves, calibration), halves.near)
 
 
 def error_of(mixer: Mixer, halves: Halves, calibration: Calibration) -> Tensor:
@@ -104,13 +124,39 @@ def fit_far_mass(mixer: Mixer, halves: Halves, calibration: Calibration) -> Tens
         return error_of(mixer, halves, calibration)
     fitted, best = mass.bias.data.clone(), torch.full_like(mass.bias.data, math.inf)
     chosen = fitted.clone()
+    odds, error = mixer.far_odds(halves), Quadratic.of(halves, calibration)
     for shift in SHIFTS:
         mass.bias.data.copy_(fitted + shift)
-        errors = error_of(mixer, halves, calibration)
+        errors = error(torch.sigmoid(odds + shift))
         chosen = torch.where(errors < best, mass.bias.data, chosen)
         best = torch.minimum(errors, best)
     mass.bias.data.copy_(chosen)
     return best
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """|n - y + p (f - n)|^2 / |y|^2 a head, of near and far outputs n and f and the teacher's y: of the far half's share p alone.
+
+    |n - y|^2, 2 (n - y) . (f - n) and |f - n|^2 (B, H, T); |y|^2 (H,).
+    """
+
+    near: Tensor
+    across: Tensor
+    apart: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, halves: Halves, calibration: Calibration) -> Quadratic:
+        assert halves.near is not None
+        assert halves.far is not None
+        near, target = halves.near.output(), calibration.target.transpose(1, 2).to(halves.far.dtype)
+        off, gap, whole = near - target, halves.far - near, target.square().sum((0, 2, 3)).clamp(min=1e-12)
+        return cls(off.square().sum(-1), 2 * (off * gap).sum(-1), gap.square().sum(-1), whole)
+
+    def __call__(self, share: Tensor) -> Tensor:
+        """Of shares (B, H, T): (H,)."""
+        return (self.near + share * (self.across + share * self.apart)).sum((0, 2)) / self.whole
 
 
 def weighted_least_squares(columns: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -185,11 +231,12 @@ def ridge_map(x: Tensor, y: Tensor, ridge: float) -> Tensor:
     return solution
 
 
-def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
-    """The identity maps times the scale, out of a few, that gives each memory the least relative output error."""
-    maps = [m for m in (mixer.map_q, mixer.map_k) if isinstance(m, Hedgehog)]
+def scale_maps(mixer: Mixer, calibration: Calibration) -> Part | None:
+    """The identity maps times the scale, out of a few, that gives each memory the least relative output error; the near half comes
+    back where it was made."""
+    maps, near = [m for m in (mixer.map_q, mixer.map_k) if isinstance(m, Hedgehog)], None
     if not maps:
-        return
+        return near
     identity = [m.weight.data.clone() for m in maps]
     heads = calibration.inputs.q.shape[1]
     best = torch.full((heads,), math.inf, device=calibration.target.device)
@@ -197,7 +244,7 @@ def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
     for scale in SCALES:
         for m, eye in zip(maps, identity, strict=True):
             m.weight.data.copy_(eye * scale)
-        errors = fit_merge(mixer, calibration)
+        errors, near = fit_merge(mixer, calibration, near)
         if errors is None:
             errors = relative_error(mixer(calibration.inputs)[0], calibration.target)
         errors = errors.view(mixer.memories, -1).mean(1).repeat_interleave(mixer.readers)
@@ -205,6 +252,7 @@ def scale_maps(mixer: Mixer, calibration: Calibration) -> None:
         best = torch.minimum(errors, best)
     for m, eye in zip(maps, identity, strict=True):
         m.weight.data.copy_(eye * chosen.view(m.heads, -1)[:, 0, None, None])
+    return near
 
 
 def fit_decay(mixer: Mixer, calibration: Calibration) -> None:
