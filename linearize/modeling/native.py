@@ -130,9 +130,12 @@ def traced(function: F) -> F:
 
     @cache
     def operator() -> Any:
-        made = torch.library.custom_op(f"linearize::{function.__name__}", function, mutates_args=())
-        made.register_fake(function)
-        return made
+        name = f"linearize::{function.__name__}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))  # torch.library.custom_op takes 9 us more a call
+        torch.library.impl(name, "CPU", function)
+        torch.library.register_fake(name, function)
+        return getattr(torch.ops.linearize, function.__name__).default
 
     @wraps(function)
     def either(*given: Any) -> Any:

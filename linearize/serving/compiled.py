@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from linearize.errors import ResourceError, UsageError
 from linearize.modeling import modeling_linearized
 from linearize.modeling.memory import RecurrentLayer, State, empty_state
-from linearize.modeling.native import operators
+from linearize.modeling.native import operators, takes
 from linearize.modeling.spec import MixerSpec
 from linearize.progress import Progress, silent
 
@@ -229,7 +229,8 @@ def _key(model: Any, weights: Mapping[str, Tensor], batch: int) -> str:
     sources = [Path(__file__), *sorted(Path(modeling_linearized.__file__).parent.glob("*.py"))]
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     laid = sorted((name, str(x.dtype), tuple(x.shape), x.stride()) for name, x in weights.items())
-    where = (torch.__version__, transformers.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability())
+    kernels = takes(torch.ones(1))  # what is traced with them needs them
+    where = (torch.__version__, transformers.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), kernels)
     facts = (config, laid, batch, type(model).__name__, where, torch.get_num_threads(), OPTIONS)
     found = hashlib.sha256(repr(facts).encode())
     for source in sources:

@@ -169,6 +169,15 @@ def test_compiled_once(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch)
     assert not told
 
 
+def test_what_was_traced_with_kernels_is_not_run_without_them(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = models[1].linearize_step.weights
+    keys = []
+    for available in (True, False):
+        monkeypatch.setattr(compiled, "takes", lambda _, found=available: found)
+        keys.append(compiled._key(models[1], weights, 2))
+    assert keys[0] != keys[1]
+
+
 @pytest.mark.parametrize(
     ("spec", "layers", "why"),
     [(spec_of("default", window_kind="terraced"), (0, 1), "terraced"), (POINTS["default"], (1,), "softmax layers"),
