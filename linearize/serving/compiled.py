@@ -180,7 +180,7 @@ class CompiledStep:
             path.parent.mkdir(parents=True, exist_ok=True)
             staged = path.with_name(f"{path.stem}.tmp-{os.getpid()}.pt2")
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=str(staged), inductor_configs=OPTIONS)
+                torch._inductor.aoti_compile_and_package(program, package_path=str(staged), inductor_configs=dict(OPTIONS))
                 os.replace(staged, path)
             except RuntimeError as error:
                 what = str(error).strip().splitlines()[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from linearize.devices import let_threads_go
 from linearize.loading import load
 from linearize.modeling.spec import Shape
 from linearize.opening import need_decoder
@@ -149,6 +150,7 @@ class Generator:
                 streamer.end()  # whoever reads waits for it
                 raise
 
+        let_threads_go()  # this thread has loaded the model; from here on the other computes
         working = self._worker.submit(work)
         try:
             yield from (piece for piece in streamer if piece)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ from torch import Tensor
 
 from linearize.benchmarks.probe import probe
 from linearize.conversion.convert import convert
+from linearize.devices import let_threads_go
 from linearize.loading import load
+from linearize.serving import generate
 from linearize.serving.generate import Generator, open_generator
 from linearize.serving.session import SNAPSHOTS, Session, Settings
 
@@ -170,6 +175,40 @@ def test_all_answers_come_from_one_thread(folder: Path, monkeypatch: pytest.Monk
     for words in WORDS:
         talk.ask(words)
     assert len(seen) == 1
+
+
+THREADS = """
+import os
+import time
+import torch
+from linearize.devices import let_threads_go
+
+def busy():
+    time.sleep(0.2)  # a thread that ends is there for a moment
+    return len(os.listdir("/proc/self/task"))
+
+alone = busy()
+torch.ones(1 << 22).exp_()
+shared = busy()
+assert let_threads_go()
+print(alone, shared, busy(), torch.get_num_threads(), float(torch.ones(1 << 22).exp_().sum()) > 0, busy())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="which threads there are is read from /proc")
+def test_threads_that_loaded_a_model_do_not_slow_those_that_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's of the calling thread end before an answer begins, and come again when they are asked for."""
+    if let_threads_go():  # where it is GNU's
+        two = {**os.environ, "OMP_NUM_THREADS": "2"}
+        told = subprocess.run([sys.executable, "-c", THREADS], env=two, capture_output=True, text=True, check=False)
+        assert not told.returncode, told.stderr
+        alone, shared, after, count, works, again = told.stdout.split()
+        assert int(alone) == int(after) < int(shared)
+        assert (count, works, again) == ("2", "True", shared)
+    calls: list[bool] = []
+    monkeypatch.setattr(generate, "let_threads_go", lambda: calls.append(True))
+    Watched(folder, monkeypatch, TEMPLATE).ask(WORDS[0])
+    assert calls == [True]
 
 
 def test_what_is_kept_does_not_grow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
