@@ -149,8 +149,10 @@ class Generator:
             except BaseException:
                 streamer.end()  # whoever reads waits for it
                 raise
+            finally:
+                let_threads_go()
 
-        let_threads_go()  # this thread has loaded the model; from here on the other computes
+        let_threads_go()  # of the two threads one computes at a time
         working = self._worker.submit(work)
         try:
             yield from (piece for piece in streamer if piece)
