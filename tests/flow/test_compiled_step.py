@@ -23,6 +23,7 @@ from linearize.testing.laws import EXACT, assert_close
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of compiled steps is not installed")
 
+OPTIONS = dict(compiled.OPTIONS)
 SLOTS = {
     "window": 4, "sinks": 2, "slots": 3, "more_slots": 2, "more_heads": (1,), "slot_score": "attention", "kv_dtype": "int8",
     "slot_dtype": "int4",
@@ -167,6 +168,7 @@ def test_compiled_once(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch)
     compile_step(copy.deepcopy(models[0]), batch=2, report=lambda task, *_, **__: told.append(task))
     assert sorted(compiled.folder().iterdir()) == made
     assert not told
+    assert compiled.OPTIONS == OPTIONS, "the compiler wrote into what the next one is asked by"
 
 
 def test_what_was_traced_with_kernels_is_not_run_without_them(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Fitting a start: what is said of the output error without making the output, and of a near half that is not made again."""
+"""Fitting a start: what is said of the output error without making the output, and of slots that are not read again."""
 
 from __future__ import annotations
 
@@ -42,9 +42,16 @@ def test_the_error_of_a_share_is_that_of_the_output(mixer: Mixer, calibration: C
 
 
 @torch.no_grad()
-def test_a_near_half_that_is_known_is_not_made_again(mixer: Mixer, calibration: Calibration) -> None:
+def test_slots_of_a_near_half_that_is_known_are_not_read_again(
+    mixer: Mixer, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[bool]()
+    monkeypatch.setattr(Mixer, "_slots_part", lambda *given, own=Mixer._slots_part: (read.append(True), own(*given))[1])
     whole = mixer.halves(calibration.inputs)
+    count = len(read)
+    assert bool(count) == bool(mixer.spec.slots)
     found = halves_beside(mixer, calibration, whole.near)
+    assert len(read) == count
     assert found.near is whole.near
     assert mixer.ablate is None
     for name in ("read", "mass"):
