@@ -17,11 +17,9 @@ struct Call {
 // log2 sum 2^s of a row's scores from `least` to `most`; -inf of none.
 float log_mass(const float* s, Index least, Index most) {
   if (least > most) return -INFINITY;
-  Mask lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
   const Index from = least / LANES * LANES;
   const auto at = [&](Index j) {
-    const Mask key = lane + int32_t(j);
+    const Mask key = counted(j);
     return (key >= int32_t(least)) & (key <= int32_t(most)) ? load(s + j) : all(-INFINITY);
   };
   Vector highest = all(-INFINITY), total = Vector{};

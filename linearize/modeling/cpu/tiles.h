@@ -24,6 +24,13 @@ inline void store(float* x, Vector v) { *reinterpret_cast<Vector*>(x) = v; }
 inline Vector all(float x) { return x - Vector{}; }  // x + 0 would not be x where it is -0
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
+// Each lane's own number, counted from `first`.
+inline Mask counted(Index first) {
+  Mask lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  return lane + int32_t(first);
+}
+
 // The halves of a vector and of its halves, folded by f until one number is left.
 template <int SIZE = LANES, class F>
 inline float folded(const float* x, const F& f) {

@@ -27,10 +27,8 @@ struct Keys {
 
 // One query's loss. Of `teacher` (width), its scores, and `student`, products of features, the latter becomes the loss's gradient.
 double row(float* teacher, float* student, Index width, int32_t least, int32_t most, float factor) {
-  Mask lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
   const auto seen = [&](Index j) {
-    const Mask at = lane + int32_t(j);
+    const Mask at = counted(j);
     return (at >= least) & (at <= most);
   };
   float denominator, top;

@@ -10,10 +10,9 @@ struct Packed {
 
 // Which of the keys from j on, LANES of them, a query sees: sinks first, filled up, then those of a window.
 struct Visible {
-  Mask lane;
   int32_t sinks, sink_width, least, most;
   Mask operator()(Index j) const {
-    const Mask at = lane + int32_t(j);
+    const Mask at = counted(j);
     return j < sink_width ? at < sinks : (at >= least) & (at <= most);
   }
 };
@@ -34,7 +33,6 @@ struct Window {
   // What query i sees after `seen` tokens, of the sinks and the keys from `from` on.
   Visible shown(Index seen, Index i, Index from) const {
     Visible s;
-    for (int n = 0; n < LANES; n++) s.lane[n] = n;
     const Index shift = up(sinks) - from;
     s.sinks = std::min(sinks, seen + i + 1), s.sink_width = up(sinks);
     s.least = first(seen, i) + shift, s.most = lead + i + shift;
