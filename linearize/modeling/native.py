@@ -28,7 +28,7 @@ BACKENDS = ("auto", "torch", "native", "fla")
 SOURCES = Path(__file__).with_name("cpu")
 WIDTH = 16  # rows of numbers are filled up to a multiple of it; tiles.h
 F = TypeVar("F", bound=Callable[..., Any])
-TRACED: list[Callable[[], Any]] = []  # what makes their operators
+OPERATORS: list[Callable[[], Any]] = []  # what makes each of them
 FLAGS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 
 
@@ -79,8 +79,8 @@ def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
 
 
 def takes(*tensors: Tensor | None, traced: bool = False) -> bool:
-    """Whether kernels compute a call with these tensors, of a trace those alone that are `traced`. ImportError where they must and
-    cannot be built."""
+    """Whether kernels compute a call with these tensors; of a trace, those alone that it takes for operators: `traced`. ImportError
+    where they must and cannot be built."""
     backend, given, tracing = asked(), [x for x in tensors if x is not None], torch.compiler.is_compiling()
     if backend not in ("auto", "native") or (tracing and not traced):
         return False
@@ -122,7 +122,7 @@ def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def traced(function: F) -> F:
+def as_operator(function: F) -> F:
     """A function of tensors by a kernel, without gradients, which a trace (torch.compile, torch.export) takes for one operator.
 
     It is made where it is first asked for, or by `operators`: whoever loads what was traced calls that first.
@@ -138,16 +138,16 @@ def traced(function: F) -> F:
         return getattr(torch.ops.linearize, function.__name__).default
 
     @wraps(function)
-    def either(*given: Any) -> Any:
-        return (operator() if torch.compiler.is_compiling() else function)(*given)
+    def either(*given: Any, **named: Any) -> Any:
+        return (operator() if torch.compiler.is_compiling() else function)(*given, **named)
 
-    TRACED.append(operator)
+    OPERATORS.append(operator)
     return cast(F, either)
 
 
 def operators() -> None:
     """Make all that traces take for operators."""
-    for operator in TRACED:
+    for operator in OPERATORS:
         operator()
 
 

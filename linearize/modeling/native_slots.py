@@ -8,11 +8,11 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import call, rows, takes, traced
+from .native import as_operator, call, rows, takes
 from .spec import SCALE_BYTES, channels_of_int4, int4_width
 
 
-@traced
+@as_operator
 def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Who of m = `size` slots' tokens and n arrivals stays, of scores (B, G, m + n), -inf where there is none.
 
@@ -27,7 +27,7 @@ def admission(score: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return gone, lost, after, out
 
 
-@traced
+@as_operator
 def pick(slots: list[Tensor], arrivals: list[Tensor], index: Tensor) -> list[Tensor]:
     """Each of slots (B, h, m, .) or (B, h, m) and arrivals (B, h, n, .), of any type, at index (B, G, n'): (B, h, n', .)."""
     index, found = index.contiguous(), []
@@ -41,7 +41,7 @@ def pick(slots: list[Tensor], arrivals: list[Tensor], index: Tensor) -> list[Ten
     return found
 
 
-@traced
+@as_operator
 def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator, denominator and maximum of base 2 of q (B, G, R, n, D) on candidates k and v (B, G, C, .), without gradients.
 
@@ -55,7 +55,7 @@ def among_slots(q: Tensor, k: Tensor, v: Tensor, gone: Tensor, size: int, scale:
     return numerator, denominator, top
 
 
-@traced
+@as_operator
 def read_stored(q: Tensor, k: Tensor, v: Tensor, score: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one token's queries q (B, G, R, 1, D) on slots (B, G, m, .) as they are stored, of scores (B, G, m)."""
     (batch, groups, repeats, _, dim), size = q.shape, k.shape[2]
@@ -75,7 +75,7 @@ def reads(x: Tensor, dtype: torch.dtype) -> bool:
     return x.numel() > 0 and dtype == torch.float32 and takes(x.new_empty(1, dtype=dtype), traced=True)
 
 
-@traced
+@as_operator
 def keep(x: Tensor, four: bool) -> Tensor:
     """`storage.kept` of x (..., D) in int4, or in int8."""
     channels = x.shape[-1]
@@ -84,7 +84,7 @@ def keep(x: Tensor, four: bool) -> Tensor:
     return stored if four else stored.view(torch.int8)
 
 
-@traced
+@as_operator
 def read_back(x: Tensor, four: bool) -> Tensor:
     """`storage.rounded` without a gradient."""
     values = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -92,7 +92,7 @@ def read_back(x: Tensor, four: bool) -> Tensor:
     return values
 
 
-@traced
+@as_operator
 def read(x: Tensor, four: bool) -> Tensor:
     """`storage.opened` of x (..., bytes): (..., D)."""
     channels = channels_of_int4(x.shape[-1]) if four else x.shape[-1] - SCALE_BYTES
