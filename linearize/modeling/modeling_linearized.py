@@ -29,6 +29,7 @@ from .attention import IMPLEMENTATION, Call, LinearizedAttention, Observer, set_
 from .matvec import products
 from .memory import share_counts
 from .mixer import Mixer
+from .one_pass import in_one_pass
 from .places import Places
 from .rows import segment_ids
 from .spec import MixerSpec, is_causal, plan_spec
@@ -227,6 +228,10 @@ def install(model: Any, device: torch.device | None = None) -> None:
     plan = model.config.linearize
     layers = plan.get("layers", [])
     model.linearize_swapped = []
+    all_converted = bool(layers) and plan.get("softmax_layers", 0) == 0
+    # before the mixers come, and norms that are recorded; layers that stay as they are stay so to the bit
+    for name in [""] if all_converted else [layer["module"].rpartition(".")[0] for layer in layers]:
+        in_one_pass(model.get_submodule(name))
     for layer in layers:
         spec, shape = plan_spec(plan, layer)
         attention = model.get_submodule(layer["module"])
@@ -234,7 +239,7 @@ def install(model: Any, device: torch.device | None = None) -> None:
             mixer = Mixer(spec, shape)
         swap(attention, mixer, layer["cache"], layer["index"], layer.get("rope", "half"), model._supports_sdpa)
         model.linearize_swapped.append(attention)
-    if layers and plan.get("softmax_layers", 0) == 0:
+    if all_converted:
         model.config._attn_implementation_internal = IMPLEMENTATION
 
 

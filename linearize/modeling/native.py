@@ -1,4 +1,4 @@
-"""Kernels for CPUs: what PyTorch does there in many passes over memory, in one. Exact, in float32.
+"""Kernels for CPUs: what PyTorch does there in many passes over memory, in one. Exact, in float32; a model's own also in bfloat16.
 
 They are built from the sources beside this file, by PyTorch's own extension builder, when they are first called for, and kept in
 the user's cache. Without a compiler and ninja, on processors without AVX2, and in the code that a checkpoint carries, PyTorch
@@ -55,7 +55,8 @@ def attempt() -> ctypes.CDLL | Exception:
     if not SOURCES.is_dir():
         return FileNotFoundError(f"no sources in {SOURCES}")
     text = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    name = f"kernels_{capability.lower()}_{hashlib.sha256(text).hexdigest()[:12]}"
+    seen = hashlib.sha256(text + torch.__version__.encode())  # operators.cpp is built for one version
+    name = f"kernels_{capability.lower()}_{seen.hexdigest()[:12]}"
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linearize" / f"{name}.so"
         if not path.exists():
@@ -78,13 +79,13 @@ def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
         os.replace(built, path)
 
 
-def takes(*tensors: Tensor | None, traced: bool = False) -> bool:
-    """Whether kernels compute a call with these tensors; of a trace, those alone that it takes for operators: `traced`. ImportError
-    where they must and cannot be built."""
+def takes(*tensors: Tensor | None, traced: bool = False, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether kernels compute a call with these tensors of a dtype; of a trace, those alone that it takes for operators: `traced`.
+    ImportError where they must and cannot be built."""
     backend, given, tracing = asked(), [x for x in tensors if x is not None], torch.compiler.is_compiling()
     if backend not in ("auto", "native") or (tracing and not traced):
         return False
-    numbers = all(x.is_cpu and x.dtype == torch.float32 and x.numel() for x in given)
+    numbers = all(x.is_cpu and x.dtype == dtype and x.numel() for x in given)
     plain = numbers and (tracing or all(type(x) in (Tensor, torch.nn.Parameter) for x in given))
     if plain and library() is None and backend == "native":
         why = attempt()
@@ -98,9 +99,9 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def takes_frozen(*tensors: Tensor | None, traced: bool = False) -> bool:
+def takes_frozen(*tensors: Tensor | None, traced: bool = False, dtype: torch.dtype = torch.float32) -> bool:
     """Whether kernels without a backward pass compute a call with these tensors."""
-    return takes(*tensors, traced=traced) and not differentiable(*tensors)
+    return takes(*tensors, traced=traced, dtype=dtype) and not differentiable(*tensors)
 
 
 @cache

@@ -12,7 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import WIDTH, differentiable, takes
+from .native import WIDTH, differentiable, takes, takes_frozen
+from .native_model import rope_half
 from .native_ops import rope as native_rope
 
 ROPES = ("half", "split", "interleaved", "paired", "none")
@@ -51,9 +52,13 @@ def unrotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, style: str = "ha
 
 
 def fused(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether a kernel turns x (B, h, T, D), its channels paired as halves."""
+    """Whether a kernel with gradients turns x (B, h, T, D), its channels paired as halves."""
+    return _halves(x, cos, sin) and takes(x, cos, sin) and not differentiable(cos, sin)
+
+
+def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     width, sizes = cos.shape[-1], (cos.dim() == 3, len(cos) in (1, len(x)), cos.shape == sin.shape)
-    return all(sizes) and width % (2 * WIDTH) == 0 and width <= x.shape[-1] and takes(x, cos, sin) and not differentiable(cos, sin)
+    return all(sizes) and width % (2 * WIDTH) == 0 and width <= x.shape[-1]
 
 
 # ---- the model's own ----
@@ -76,9 +81,12 @@ def in_one_pass(attention: type[nn.Module]) -> type[nn.Module]:
 
     @wraps(original)
     def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
-        if rest or options or not (fused(q, cos, sin) and fused(k, cos, sin)):
-            return original(q, k, cos, sin, *rest, **options)
-        return native_rope(q, cos, sin), native_rope(k, cos, sin)
+        if not (rest or options) and _halves(q, cos, sin) and _halves(k, cos, sin):
+            if takes(q, k, cos, sin) and not differentiable(cos, sin):
+                return native_rope(q, cos, sin), native_rope(k, cos, sin)
+            if takes_frozen(q, k, cos, sin, dtype=torch.bfloat16):
+                return rope_half(q, cos, sin), rope_half(k, cos, sin)
+        return original(q, k, cos, sin, *rest, **options)
 
     known = {**forward.__globals__, ROTATION: rotation}
     bound = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)

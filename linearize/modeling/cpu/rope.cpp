@@ -1,5 +1,5 @@
 // Rotary position embeddings of pairs of channels, W / 2 apart, undone too; and the transposed of both, which gradients take.
-#include "tiles.h"
+#include "bf16.h"
 
 namespace {
 
@@ -27,6 +27,11 @@ void factors(const float* cos, const float* sin, Index half, Index kind, Factors
     }
 }
 
+// y = x c + o s of LANES channels and the others o of their pairs, rounded as PyTorch does after each of the three.
+inline void turn(const Half* x, const Half* cos, Vector other, const Half* sin, Half* y) {
+  store(y, rounded<Half>(load(x) * load(cos)) + rounded<Half>(other * load(sin)));
+}
+
 }  // namespace
 
 // x (B, H, T, D) with steps of its own, of which the first W channels turn, W a multiple of 2 WIDTH; cos, sin (B or 1, T, W) with
@@ -52,6 +57,26 @@ extern "C" void rope(const float* x, const float* cos, const float* sin, float* 
         }
         std::memcpy(into + width, from + width, (dim - width) * sizeof(float));
       }
+    }
+  }
+}
+
+// The same of a model in bfloat16, neither undone nor transposed.
+extern "C" void rope_half(const Half* x, const Half* cos, const Half* sin, Half* y, Index of_batch, Index of_head, Index of_token,
+                          Index batch, Index heads, Index time, Index dim, Index width, Index shift) {
+  const Index half = width / 2;
+#pragma omp parallel for if (batch * time > 16)
+  for (Index u = 0; u < batch * time; u++) {
+    const Index b = u / time, t = u % time, at = t * width + b * shift;
+    for (Index h = 0; h < heads; h++) {
+      const Half* from = x + b * of_batch + h * of_head + t * of_token;
+      Half* into = y + ((b * heads + h) * time + t) * dim;
+      for (Index j = 0; j < half; j += LANES) {
+        const Index second = half + j;
+        turn(from + j, cos + at + j, -load(from + second), sin + at + j, into + j);
+        turn(from + second, cos + at + second, load(from + j), sin + at + second, into + second);
+      }
+      std::memcpy(into + width, from + width, (dim - width) * sizeof(Half));
     }
   }
 }
