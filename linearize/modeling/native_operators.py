@@ -26,7 +26,12 @@ def takes_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if x.numel() > FEW * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (x.dtype, torch.int8):
         return False
     given = (x, bias) if weight.dtype == torch.int8 else (x, weight, bias)
-    return weight.is_contiguous() and takes_frozen(*given, traced=True, dtype=x.dtype)
+    return weight.is_contiguous() and takes_step(*given, dtype=x.dtype)
+
+
+def takes_step(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a kernel computes a call, or torch.export takes it for an operator; torch.compile has PyTorch's forms to fuse."""
+    return not torch.compiler.is_dynamo_compiling() and takes_frozen(*tensors, traced=True, dtype=dtype)
 
 
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

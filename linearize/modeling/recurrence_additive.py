@@ -18,8 +18,7 @@ except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
 from .decays import channelwise, decayed_products, until_end
-from .native import takes_frozen
-from .native_operators import additive_step
+from .native_operators import additive_step, takes_step
 from .products import LN2, LOG2E, multiply, product
 
 CHUNK = 64
@@ -48,7 +47,7 @@ def step_state(state: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
 
 def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token for decode: q (B, M, R, K). Returns (B, M, R, V) and the new state."""
-    if takes_frozen(q, k, v, g, state, traced=True):
+    if takes_step(q, k, v, g, state):
         return additive_step(q, k, v, g, state)
     state = step_state(state, k, v, g)
     return q @ state, state
