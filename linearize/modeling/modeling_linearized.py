@@ -261,6 +261,7 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
         yield
         return
     wholes = [m for m in model.modules() if hasattr(m, "is_linearized_model")]
+    passes: list[Any] = [m for m in model.modules() if hasattr(m, "linearize_plain")]
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and not hasattr(m, "linearize_attend")}
     before = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
     implementation = IMPLEMENTATION if name != "teacher" else modules[0].linearize_configs["teacher"]._attn_implementation_internal
@@ -272,6 +273,8 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
             set_mode(module, name)
         for whole in wholes:
             whole.linearize_mode = name  # type: ignore[assignment]
+        for one in passes:
+            one.linearize_plain = name == "teacher"
         yield
     finally:
         for config, current in before:
@@ -280,6 +283,8 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
             set_mode(module, "student")
         for whole in wholes:
             whole.linearize_mode = "student"  # type: ignore[assignment]
+        for one in passes:
+            one.linearize_plain = False
 
 
 @contextmanager

@@ -24,30 +24,40 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 PROBE = 32  # numbers
 
 
-class OnePassNorm(nn.Module):
+class OnePass(nn.Module):
+    """What takes one pass; `linearize_plain` while the model runs as its teacher, which is what was converted to the bit."""
+
+    linearize_plain = False
+
+
+class OnePassNorm(OnePass):
     """Mixed in before a class of RMS norms."""
 
     def forward(self, x: Tensor) -> Any:
         weight: Any = self.weight
-        return rms_norm(x, weight, epsilon(self)) if weight is not None and takes_own(x, weight) else super().forward(x)
+        if self.linearize_plain or weight is None or not takes_own(x, weight):
+            return super().forward(x)
+        return rms_norm(x, weight, epsilon(self))
 
 
-class OnePassGate(nn.Module):
+class OnePassGate(OnePass):
     """Mixed in before a class of feed-forward layers down(silu(gate(x)) up(x))."""
 
     def forward(self, x: Tensor) -> Any:
         own: Any = self
-        if not takes_own(x):  # what gradients are wanted of, or is traced, stays as it was
+        if self.linearize_plain or not takes_own(x):  # what gradients are wanted of, or is traced, stays as it was
             return super().forward(x)
         gate, up = own.gate_proj(x), own.up_proj(x)
         return own.down_proj(swiglu(gate, up) if takes_own(gate, up) else own.act_fn(gate) * up)
 
 
-class OnePassLinear(nn.Linear):
+class OnePassLinear(OnePass, nn.Linear):
     """A linear layer that reads its weights once where rows are few."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return matvec(x, self.weight, self.bias) if takes_few(x, self.weight, self.bias) else super().forward(x)
+    def forward(self, x: Tensor) -> Any:
+        if self.linearize_plain or not takes_few(x, self.weight, self.bias):
+            return super().forward(x)
+        return matvec(x, self.weight, self.bias)
 
 
 def in_one_pass(model: nn.Module) -> None:
@@ -65,7 +75,7 @@ def _in_one_pass(module: nn.Module) -> type[nn.Module]:
     """A subclass of a module's class that takes one pass, or that class itself."""
     if type(module) is nn.Linear:
         return OnePassLinear
-    if not isinstance(module, (OnePassNorm, OnePassGate)):
+    if not isinstance(module, OnePass):
         for mixin, is_such in ((OnePassNorm, normalises), (OnePassGate, gates)):
             if is_such(module):
                 return _joined(type(module), mixin)
