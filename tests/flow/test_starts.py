@@ -75,6 +75,7 @@ def test_parts_of_a_calibration_are_one_object(calibration: Calibration) -> None
     one, other = (calibration.part(slice(1)).first(50) for _ in range(2))
     assert one is other
     assert one.log_mass() is other.log_mass()
-    assert torch.equal(one.log_mass(), calibration.log_mass()[:1, :, :50])
+    # of fewer rows a product may be summed in another order
+    torch.testing.assert_close(one.log_mass(), calibration.log_mass()[:1, :, :50], rtol=1e-14, atol=1e-14)
     assert calibration.part(slice(-1, None)) is not calibration.part(slice(1))
     assert torch.equal(calibration.part(slice(-1, None)).target, calibration.target[1:])
