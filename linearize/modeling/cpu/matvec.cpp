@@ -1,8 +1,10 @@
-// PyTorch's own kernels for one row read 7 to 18 GB/s of weights where two threads can have 30 to 40.
+// PyTorch's own kernels for one row read 7 to 18 GB/s of weights where memory gives two threads 30 to 50.
 #include "matvec.h"
 
 #include <immintrin.h>
 #include <omp.h>
+
+#include "storage.h"
 
 struct Eighth {
   int8_t steps;
@@ -24,12 +26,7 @@ constexpr Index AHEAD = 4096;  // bytes that are asked for before they are neede
 
 inline float single(float x) { return x; }
 inline float single(Eighth x) { return x.steps; }
-inline float single(Half x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float found;
-  std::memcpy(&found, &bits, sizeof found);
-  return found;
-}
+inline float single(Half x) { return storage::widen(x.bits); }
 
 // x . w in float32: four sums, so that none waits for the one before.
 template <class W>
@@ -72,7 +69,7 @@ void rows_of(const Product& p, const X* x, const F& dot, Index from, Index to) {
       float found = dot(x + m * p.depth, weight + n * p.depth, p.depth);
       found = (p.scale ? found * p.scale[n] : found) + (p.bias ? p.bias[n] : 0.0f);
       if (!p.half) static_cast<float*>(p.y)[m * p.out + n] = found;
-      else static_cast<Half*>(p.y)[m * p.out + n].bits = uint16_t(shortened(all(found))[0]);
+      else static_cast<Half*>(p.y)[m * p.out + n].bits = storage::shorten(found);
     }
 }
 

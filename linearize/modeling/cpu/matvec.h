@@ -7,8 +7,8 @@ struct Product {
   const float *scale, *bias;  // (N) or null: of the rows of weights in 8 bits, and what is added
   void* y;                    // (M, N)
   Index rows, out, depth;
-  bool half;      // x and y are bfloat16, else float32
-  int bits;       // of a weight: 8, 16 or 32
+  bool half;  // x and y are bfloat16, else float32
+  int bits;   // of a weight: 8, 16 or 32
 };
 
 void multiply(const Product& p);
