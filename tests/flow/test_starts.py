@@ -71,11 +71,12 @@ def test_a_fit_beside_a_known_near_half_is_the_same(mixer: Mixer, calibration: C
 
 
 def test_parts_of_a_calibration_are_one_object(calibration: Calibration) -> None:
-    """So that what is computed of one is computed once."""
+    """So that what is computed of one is computed once; products of whole numbers are exact in whatever order they are summed."""
+    inputs = calibration.inputs
+    calibration = replace(calibration, inputs=replace(inputs, q=inputs.q.round(), k=inputs.k.round()), _kept={}, _parts={})
     one, other = (calibration.part(slice(1)).first(50) for _ in range(2))
     assert one is other
     assert one.log_mass() is other.log_mass()
-    # of fewer rows a product may be summed in another order
-    torch.testing.assert_close(one.log_mass(), calibration.log_mass()[:1, :, :50], rtol=1e-14, atol=1e-14)
+    assert torch.equal(one.log_mass(), calibration.log_mass()[:1, :, :50])
     assert calibration.part(slice(-1, None)) is not calibration.part(slice(1))
     assert torch.equal(calibration.part(slice(-1, None)).target, calibration.target[1:])
