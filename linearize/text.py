@@ -21,14 +21,17 @@ def fingerprint(document: str) -> int:
 
 
 def split(docs: Sequence[str], percent: int = HELD_OUT_PERCENT) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, by hash: at least one on each side of two or more, a single one for training."""
-    order = sorted(docs, key=fingerprint)
-    held = {id(d) for d in order if fingerprint(d) % 100 < percent}
+    """Training and held-out documents, by hash: at least one on each side of two or more, a single one for training.
+
+    Copies of a document are on one side.
+    """
+    order = sorted(dict.fromkeys(docs), key=fingerprint)
+    held = {d for d in order if fingerprint(d) % 100 < percent}
     if len(order) > 1 and not held:
-        held = {id(order[0])}
+        held = {order[0]}
     if len(held) == len(order):
-        held -= {id(order[-1])} if order else set()
-    return [d for d in docs if id(d) not in held], [d for d in docs if id(d) in held]
+        held -= set(order[-1:])
+    return [d for d in docs if d not in held], [d for d in docs if d in held]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from linearize.evaluation.reading import Variant
 from linearize.evaluation.recall import Grid, by_length, retrieval
 from linearize.evaluation.texts import Texts
 from linearize.loading import load
-from linearize.methods.slot_fit import FADE_TOKENS
 from linearize.modeling.modeling_linearized import attentions
 from linearize.pipeline import measured_documents
 
@@ -315,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--beyond", type=off, default=[], help="what is switched off beyond 1,024 tokens too, as far,slots")
     parser.add_argument("--tasks", type=tasks, default=RECALL, help="what is asked, as pass-key:4096,s-niah-2:2048 (default: all)")
     parser.add_argument(
-        "--fade", type=float, help="nats in 1,024 tokens by which the student's learnt scores fade (default: as made)"
+        "--fade-times", type=float, default=1.0, help="how many times as fast as made the student's learnt scores fade"
     )
     parser.add_argument("--teacher")
     parser.add_argument("--dtype", default="auto")
@@ -329,8 +328,8 @@ def main() -> None:
     args, began = arguments(), time.monotonic()
     model, tokenizer = load(args.student, dtype=args.dtype, device=args.device)
     plan = model.config.linearize
-    for score in (a.linearize.slot_score for a in attentions(model) if args.fade is not None and a.linearize.slot_score):
-        score.rate.data.fill_(args.fade / FADE_TOKENS)
+    for score in (a.linearize.slot_score for a in attentions(model) if a.linearize.slot_score is not None):
+        score.rate.data.mul_(args.fade_times)
     docs, what = measured_documents(plan, args.data, documents(args.data), args.held_out)
     host, note = teacher_host(model, plan, args.teacher, args.device)
     if host is None:

@@ -10,18 +10,21 @@ from linearize.modeling.mixer import Mixer
 from linearize.modeling.native import takes_frozen
 from linearize.modeling.native_ops import received
 from linearize.modeling.products import LOG2E
-from linearize.modeling.slot_scores import SlotScore, log_attention
+from linearize.modeling.slot_scores import FLOOR, SlotScore, log_attention
 from linearize.modeling.spec import MixerSpec, Shape
 
 RIDGE = 1e-3
 OWN = 2  # columns of the attention that a token got
+LEAST = {"largest": FLOOR, "mean_square": 2e-5}  # of attention, before its logarithm: less is as good as none
 FADE_TOKENS = 1024  # in which a score falls behind by its `slot_fade`
 
 
 class ScoreFit:
     """Ridge regression, a kv head, of log max_t A_ti over the queries t beyond the window, on the layer's input and the attention
-    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. The rate at which a score
-    fades is not fitted, see `set_rates`: the one of the least output error forgets too fast.
+    that token i got inside it, as KVpop (arXiv:2607.05061) and KVzap (arXiv:2601.07891) do by gradient. Or of log (mean_t A_ti^2)^½
+    (`slot_target`): an output is off by squares where the token is missing, so one that many queries need counts for more than one
+    that a single query does. The rate at which a score fades is not fitted, see `set_rates`: the one of the least output error
+    forgets too fast.
 
     Rows are added in any parts: only sums are kept. Only tokens that leave the window early enough to be looked at for as long
     again are counted; where no row is that long, the score stays as it is.
@@ -45,7 +48,7 @@ class ScoreFit:
         gram, cut = (x.T @ x).double(), x.shape[1]
         for head in range(self.shape.kv_heads):
             own = log_attention(got[:, head, counted].flatten()).to(x)
-            target = log_attention(wanted[:, head, counted].flatten())[:, 0].to(x)
+            target = wanted[:, head, counted].flatten().clamp(min=LEAST[spec.slot_target]).log().to(x)
             across = (x.T @ own).double()
             whole = torch.cat([torch.cat([gram, across], 1), torch.cat([across.T, (own.T @ own).double()], 1)])
             self.left[head] += whole.to(self.left)
@@ -73,18 +76,25 @@ def set_rates(mixer: Mixer) -> None:
 
 def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calibration) -> tuple[Tensor, Tensor]:
     """The largest attention of a query that each token gets from more than an eighth of the window away while it is in the window,
-    of what sinks and window then share out; and from beyond the window, of the teacher's own: each (B, G, T)."""
+    of what sinks and window then share out; and from beyond the window, of the teacher's own, or its root mean square there if that
+    is the spec's `slot_target`: each (B, G, T)."""
     q, k, score = calibration.inputs.q, calibration.inputs.k, calibration.inputs.score
     places = torch.arange(q.shape[2], device=q.device)
     first = places - spec.window + 1 if spec.block == 1 else (places // spec.window - 1) * spec.window  # in a query's window
+    readers = q.shape[1] // groups * (len(places) - torch.searchsorted(first, places, right=True)).clamp(min=1)
+    squares = spec.slot_target == "mean_square"
     if score.softcap is None and score.sliding is None and k.shape[1] == groups and takes_frozen(q, k):
-        inside, beyond = received(q, k, first, spec.sinks, spec.window // 8, score.scale * LOG2E)
-        return inside.exp_(), beyond.exp_()
-    inside, beyond = (torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device) for _ in range(2))  # logarithms
+        inside, beyond = received(q, k, first, spec.sinks, spec.window // 8, score.scale * LOG2E, squares)
+        return inside.exp_(), beyond.div_(readers).sqrt_() if squares else beyond.exp_()
+    inside = torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device)  # logarithms
+    beyond = torch.zeros(inside.shape, dtype=torch.float64, device=q.device) if squares else inside.clone()
 
     def note(found: Tensor, keys: Tensor, scores: Tensor) -> None:
-        most = scores.amax(2).unflatten(1, (groups, -1)).amax(2).to(found.dtype)
-        found[..., keys] = torch.maximum(found[..., keys], most)
+        own = scores.unflatten(1, (groups, -1))
+        if squares and found is beyond:
+            found[..., keys] += (2 * own).exp().sum((2, 3))
+        else:
+            found[..., keys] = torch.maximum(found[..., keys], own.amax((2, 3)).to(found.dtype))
 
     for block, scores in calibration.rows():
         queries, mass = places[block, None], scores.logsumexp(-1, keepdim=True)
@@ -96,5 +106,6 @@ def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calib
         shares = exact - exact.logsumexp(-1, keepdim=True)
         note(inside, keys, shares.masked_fill(queries - keys <= spec.window // 8, -torch.inf))
         note(beyond, keys, (near - mass).masked_fill(~out, -torch.inf))
-        note(beyond, places[:gone], scores[..., :gone].sub_(mass))
-    return inside.exp(), beyond.exp()
+        left = slice(min(spec.sinks, gone), gone)
+        note(beyond, places[left], scores[..., left].sub_(mass))
+    return inside.exp(), (beyond / readers).sqrt().to(inside.dtype) if squares else beyond.exp()

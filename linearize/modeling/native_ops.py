@@ -170,18 +170,21 @@ def cross_entropy(
     return loss, of_q, of_k[0]
 
 
-def received(q: Tensor, k: Tensor, first: Tensor, sinks: int, apart: int, scale: float) -> tuple[Tensor, Tensor]:
+def received(
+    q: Tensor, k: Tensor, first: Tensor, sinks: int, apart: int, scale: float, squares: bool = False
+) -> tuple[Tensor, Tensor]:
     """Of a causal softmax of q (B, H, T, D) on k (B, G, T, D), the most that a key gets, in logarithms, each (B, G, T):
 
     of what a query's window, whose `first` (T) key it is from on, and sinks share out, from those more than `apart` tokens away;
-    and of all, from those whose window it has left. -inf where there is none; `scale` is that of scores of base 2.
+    and of all, from those whose window it has left. -inf where there is none. Of the latter the sum of `squares` instead, as it is.
+    `scale` is that of scores of base 2.
     """
     q, k = rows(q), rows(k)
     (batch, groups, time, dim), repeats = k.shape, q.shape[1] // k.shape[1]
     inside, beyond = q.new_empty(batch, groups, time), q.new_empty(batch, groups, time)
     given: tuple[Tensor | int, ...] = (q, *q.stride()[:3], k, *k.stride()[:3], first.contiguous(), inside, beyond)
-    call("attention_received", *given, batch, groups, repeats, time, dim, sinks, apart, scale)
-    return inside.mul_(LN2), beyond.mul_(LN2)
+    call("attention_received", *given, batch, groups, repeats, time, dim, sinks, apart, int(squares), scale)
+    return inside.mul_(LN2), beyond if squares else beyond.mul_(LN2)
 
 
 # ---- rotary position embeddings ----

@@ -19,7 +19,8 @@ class SlotScore(Projection):
     """s_i = w . x_i + b + a1 log r_i + a2 log^2 r_i + rate i of token i, x the layer's input, r the largest attention that it got
     in the window.
 
-    Fitted to the log of the largest attention that the teacher's queries beyond the window give it. Unfitted it is log r.
+    Fitted to the log of the largest attention that the teacher's queries beyond the window give it, or of its root mean square.
+    Unfitted it is log r.
     All slots age alike, so attention that fades by e^-rate a token is a fixed gain for those that came later.
     A choice has no gradient, so these parameters have none.
     """

@@ -19,6 +19,7 @@ GATE_KEYS = ("none", "complement", "balance", "step")
 COVERAGES = ("older", "all")
 WINDOWS = ("sliding", "terraced")
 SLOT_SCORES = ("attention", "recall", "product", "norm", "learned")
+SLOT_TARGETS = ("largest", "mean_square")
 MERGES = ("far", "near", "denominator", "sum", "gate")
 FAR_MASSES = ("none", "head", "query")
 NORMS = ("none", "rms", "group")
@@ -36,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "coverage": COVERAGES,
     "window_kind": WINDOWS,
     "slot_score": SLOT_SCORES,
+    "slot_target": SLOT_TARGETS,
     "merge": MERGES,
     "far_mass": FAR_MASSES,
     "norm": NORMS,
@@ -101,6 +103,7 @@ class MixerSpec:
     more_slots: int = 0  # further ones of `more_heads`, for what their slots give up
     more_heads: tuple[int, ...] = ()  # kv heads
     slot_score: str = "attention"
+    slot_target: str = "largest"  # attention from beyond the window, or its root mean square: what a learnt score is fitted to
     slot_fade: float = FADE  # nats in 1,024 tokens by which a learnt score falls behind those of newer tokens
     null_logits: int = 0  # learned logits that enter the near denominator alone
     merge: str = "denominator"

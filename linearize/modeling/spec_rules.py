@@ -36,6 +36,7 @@ def _near(s: Any) -> list[Rule]:
         (bool(s.more_slots) and not s.slots, "more_slots take what slots give up: set slots"),
         (len({head for head in s.more_heads if head >= 0}) < len(s.more_heads), "more_heads names each kv head once, from 0 on"),
         (s.slot_fade != FADE and not s.scores_learned, "slot_fade belongs to slot_score 'learned'"),
+        (s.slot_target != "largest" and not s.scores_learned, "slot_target belongs to slot_score 'learned'"),
         (s.slot_fade < 0, "slot_fade must be at least 0"),
         (
             s.scores_recall and s.coverage != "older",

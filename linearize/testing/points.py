@@ -86,8 +86,10 @@ def bidirectional_points() -> list[Point]:
 
 
 MAPS = ("identity", "unit", "softmax", "elu1", "hedgehog", "taylor", "lln")  # of the pairwise points; every map is in some method's
+FITTED = ("slot_target",)  # what a start looks at; a mixer computes the same whatever it is
 AXES: dict[str, tuple[Any, ...]] = {
-    **CHOICES, "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "conv": (0, 3),
+    **{axis: values for axis, values in CHOICES.items() if axis not in FITTED},
+    "feature_map": MAPS, "window": (0, 1, 3), "sinks": (0, 2), "conv": (0, 3),
     "slots": (0, 2), "more_slots": (0, 3), "more_heads": ((), (0,)),
     "share_kv": (False, True), "tied_maps": (False, True), "normalise": (True, False), "far_rope": (True, False),
     "feature_dim": (0, 4), "gate_rank": (0, 3),

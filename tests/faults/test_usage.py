@@ -25,6 +25,9 @@ USAGE = [
     Fault("option not key=value", 2, "'window' is not key=value", "plan tiny --set window", fix="--set window=VALUE"),
     Fault("option set twice", 2, "'window' is set twice", "plan tiny --set window=1 --set window=2"),
     Fault("illegal point", 3, "needs slots", "plan tiny --set slot_score=recall", fix="linearize methods default"),
+    Fault(
+        "target of no learnt score", 3, "slot_target belongs to slot_score", "plan tiny --set slots=8 --set slot_target=mean_square"
+    ),
     Fault("fade of no learnt score", 3, "slot_fade belongs to slot_score 'learned'", "plan tiny --set slots=8 --set slot_fade=0.3"),
     Fault(
         "a score that grows with age",

@@ -130,11 +130,13 @@ def test_parquet_without_pyarrow_names_what_to_install(tmp_path: Path, monkeypat
 
 
 def test_copies_of_a_document_are_on_one_side() -> None:
-    docs = [f"document {i % 40}" for i in range(120)]
-    training, held_out = split(docs)
-    assert held_out
-    assert not set(training) & set(held_out)
-    assert len(training) + len(held_out) == 120
+    for docs, least in (([f"document {i % 40}" for i in range(120)], 1), ([f"document {i % 2}" for i in range(4)], 2)):
+        for percent in (1, 10, 99):
+            training, held_out = split(docs, percent)
+            assert min(len(training), len(held_out)) >= least
+            assert not set(training) & set(held_out)
+            assert len(training) + len(held_out) == len(docs)
+    assert split(["".join(["o", "ne"]), "one"], 10) == (["one", "one"], [])
 
 
 # ---- recall ----

@@ -146,6 +146,7 @@ def test_what_was_trained_on_is_not_measured() -> None:
     for plan, asked, share in (({"stages": []}, None, 10), ({"stages": [stage]}, None, 20), ({"stages": [stage]}, 10, 10)):
         found, _ = measured_documents(plan, "book.jsonl", docs, asked)
         assert found == text.split(docs, share)[1]
+        assert measured_documents(plan, "book.jsonl", [*docs, *docs[:200]], asked)[0] == found  # each once
     with pytest.raises(UsageError, match="held out 20%"):
         measured_documents({"stages": [stage]}, "book.jsonl", docs, 30)
-    assert measured_documents({"stages": [stage]}, "other.jsonl", docs, 100)[0] == docs
+    assert measured_documents({"stages": [stage]}, "other.jsonl", [*docs, docs[0]], 100)[0] == docs

@@ -29,10 +29,10 @@ from linearize.loading import load
 from linearize.methods import calibration as calibrations
 from linearize.methods.calibration import Calibration
 from linearize.methods.default import Default
-from linearize.methods.slot_fit import FADE_TOKENS, RIDGE, ScoreFit, attention_inside_and_beyond, set_rates
+from linearize.methods.slot_fit import FADE_TOKENS, LEAST, RIDGE, ScoreFit, attention_inside_and_beyond, set_rates
 from linearize.modeling.memory import empty_state
 from linearize.modeling.slot_scores import log_attention
-from linearize.modeling.spec import MixerSpec
+from linearize.modeling.spec import SLOT_TARGETS, MixerSpec
 from linearize.modeling.window import visible
 from linearize.testing.models import random_inputs, random_mixer, tiny_shape
 
@@ -46,34 +46,36 @@ def calibration(rows: int = 3) -> Calibration:
 
 
 def by_loops(given: Calibration, spec: MixerSpec, row: int, head: int, token: int) -> tuple[float, float]:
-    """Of one token: the most attention that a query of its kv head gives it inside the window, and beyond."""
+    """Of one token: the most attention that a query of its kv head gives it inside the window, and beyond (or its mean square)."""
     q, k = given.inputs.q[row], given.inputs.k[row]
-    inside = beyond = 0.0
+    inside, beyond = 0.0, [0.0]
     for reader in (2 * head, 2 * head + 1):
         for t in range(token, TIME):
             scores = given.inputs.score(q[reader, t : t + 1], k[head, : t + 1])[0].exp()
             seen = visible(spec, torch.tensor([t]), torch.arange(t + 1)) | (torch.arange(t + 1) < spec.sinks)
             if not seen[token]:
-                beyond = max(beyond, float(scores[token] / scores.sum()))
+                beyond.append(float(scores[token] / scores.sum()))
             elif t - token > spec.window // 8:
                 inside = max(inside, float(scores[token] / scores[seen].sum()))
-    return inside, beyond
+    mean = sum(x**2 for x in beyond) / max(len(beyond) - 1, 1)
+    return inside, mean**0.5 if spec.slot_target == "mean_square" else max(beyond)
 
 
+@pytest.mark.parametrize("target", SLOT_TARGETS)
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 @pytest.mark.parametrize("block", [7, 256])
-def test_attention_inside_and_beyond_the_window(block: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_inside_and_beyond_the_window(block: int, kind: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrations, "ROW_BLOCK", block)
-    given, spec = calibration(), replace(SPEC, window_kind=kind)
+    given, spec = calibration(), replace(SPEC, window_kind=kind, slot_target=target)
     inside, beyond = attention_inside_and_beyond(spec, 2, given)
     for row, head, token in ((0, 0, 5), (1, 1, 17), (2, 0, 30), (2, 1, TIME - 1), (0, 1, 8)):
         expected = by_loops(given, spec, row, head, token)
         assert (float(inside[row, head, token]), float(beyond[row, head, token])) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("fade", [0.0, 0.75])
-def test_the_fit_is_the_least_squares_one(fade: float) -> None:
-    spec = replace(SPEC, slot_fade=fade, more_slots=2, more_heads=(1,))
+@pytest.mark.parametrize("fade, aim", [(0.0, "largest"), (0.75, "largest"), (0.75, "mean_square")])
+def test_the_fit_is_the_least_squares_one(fade: float, aim: str) -> None:
+    spec = replace(SPEC, slot_fade=fade, slot_target=aim, more_slots=2, more_heads=(1,))
     mixer, given, fit = random_mixer(spec, dtype=torch.float32), calibration(), ScoreFit(spec, tiny_shape())
     for row in range(3):  # in parts it is the fit of all
         fit.add(given.part(slice(row, row + 1)))
@@ -86,7 +88,7 @@ def test_the_fit_is_the_least_squares_one(fade: float) -> None:
     for head in range(2):
         own = log_attention(got[:, head, counted].flatten()).double()
         columns = torch.cat([hidden, torch.ones_like(hidden[:, :1]), own], 1)
-        target = log_attention(wanted[:, head, counted].flatten())[:, :1].double()
+        target = wanted[:, head, counted].flatten()[:, None].clamp(min=LEAST[aim]).log().double()
         size = (RIDGE * columns.square().sum(0).mean()).sqrt() * torch.eye(columns.shape[1], dtype=columns.dtype)
         left, right = torch.cat([columns, size]), torch.cat([target, target.new_zeros(len(size), 1)])
         least = torch.linalg.lstsq(left, right).solution

@@ -1,4 +1,6 @@
-// What the queries of a softmax give each key: the most while it is in their window, and the most once it has left it.
+// What the queries of a softmax give each key: the most while it is in their window, and the most or the squares once it has left it.
+#include <omp.h>
+
 #include "window.h"
 #include "workspace.h"
 
@@ -12,6 +14,7 @@ struct Call {
   const int64_t* first;
   Index groups, repeats, time, dim, sinks, apart;
   float scale;
+  bool squares;
 };
 
 // log2 sum 2^s of a row's scores from `least` to `most`; -inf of none.
@@ -38,7 +41,14 @@ void note(float* most, const float* s, float mass, Index least, Index end) {
   for (Index j = least; j < end; j++) most[j] = std::max(most[j], s[j] - mass);
 }
 
-// Queries from `start` on of one reader: what they give, as powers of two, where it is more than what is there.
+void add_squares(float* sums, const float* s, float mass, Index end) {
+  for (Index j = 0; j < end; j += LANES) {
+    const Vector square = power_of_two(2 * (load(s + j) - mass));
+    store(sums + j, load(sums + j) + (counted(j) < int32_t(end) ? square : Vector{}));
+  }
+}
+
+// Queries from `start` on of one reader: what they give, as powers of two, where it is more than what is there; or squares beyond.
 void block(const Call& c, const Right& keys, Index p, Index r, Index start, float* inside, float* beyond, std::vector<float>& held) {
   const Index rows = std::min(BLOCK, c.time - start), width = up(start + rows), stride = width | WIDTH;
   float *q = room(held, BLOCK * (c.dim + stride)), *scores = q + BLOCK * c.dim;
@@ -52,40 +62,49 @@ void block(const Call& c, const Right& keys, Index p, Index r, Index start, floa
     const float near = together(log_mass(s, first, t), log_mass(s, 0, sinks - 1));
     note(inside, s, near, 0, std::min(sinks, t - c.apart));
     note(inside, s, near, first, t - c.apart);
-    note(beyond, s, log_mass(s, 0, t), 0, first);
+    if (c.squares)
+      add_squares(beyond, s, log_mass(s, 0, t), first);
+    else
+      note(beyond, s, log_mass(s, 0, t), 0, first);
   }
 }
 
 }  // namespace
 
-// q (B, G R, T, D) with steps of its own, k (B, G, T, D); inside and beyond (B, G, T) hold logarithms of base 2, from queries more
-// than `apart` tokens away and from those whose window a key has left.
+// q (B, G R, T, D) with steps of its own, k (B, G, T, D); for each key (B, G, T) logarithms of base 2: inside, from queries more
+// than `apart` tokens away, and beyond, from those whose window it has left. Or the sum of their squares, in an order that the number
+// of threads tells.
 extern "C" void attention_received(const float* q, Index of_batch, Index of_head, Index of_token, const float* k, Index k_batch,
                                    Index k_head, Index k_token, const int64_t* first, float* inside, float* beyond, Index batch,
-                                   Index groups, Index repeats, Index time, Index dim, Index sinks, Index apart, float scale) {
-  const Call c{{q, of_batch, of_head, of_token}, first, groups, repeats, time, dim, sinks, apart, scale};
+                                   Index groups, Index repeats, Index time, Index dim, Index sinks, Index apart, Index squares,
+                                   float scale) {
+  const Call c{{q, of_batch, of_head, of_token}, first, groups, repeats, time, dim, sinks, apart, scale, squares != 0};
   const Rows keys{k, k_batch, k_head, k_token};
   const Index problems = batch * groups, blocks = (time + BLOCK - 1) / BLOCK, size = problems * time;
+  const float none = squares ? 0.0f : -INFINITY;
   const Workspace packed(problems * up(time) * dim);
-  std::fill_n(inside, size, -INFINITY);
-  std::fill_n(beyond, size, -INFINITY);
+  std::vector<std::vector<float>> shares(omp_get_max_threads());
 #pragma omp parallel
   {
-    std::vector<float> held, own(2 * size, -INFINITY);
+    std::vector<float> held, &own = shares[omp_get_thread_num()];
+    own.assign(size, -INFINITY);
+    own.resize(2 * size + LANES, none);
 #pragma omp for
     for (Index p = 0; p < problems; p++)
       transposed(keys.at(p / groups, p % groups, 0), time, dim, k_token, packed.data + p * up(time) * dim);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static, 1)
     for (Index u = problems * blocks - 1; u >= 0; u--) {
       const Index p = u % problems;
       const Right right{packed.data + p * up(time) * dim, LANES, dim * LANES};
       for (Index r = 0; r < repeats; r++)
         block(c, right, p, r, u / problems * BLOCK, own.data() + p * time, own.data() + size + p * time, held);
     }
-#pragma omp critical(gathered)
-    for (Index j = 0; j < size; j++) {
-      inside[j] = std::max(inside[j], own[j]);
-      beyond[j] = std::max(beyond[j], own[size + j]);
-    }
   }
+  std::fill_n(inside, size, -INFINITY);
+  std::fill_n(beyond, size, none);
+  for (const std::vector<float>& own : shares)
+    for (Index j = 0; j < (own.empty() ? 0 : size); j++) {
+      inside[j] = std::max(inside[j], own[j]);
+      beyond[j] = squares ? beyond[j] + own[size + j] : std::max(beyond[j], own[size + j]);
+    }
 }
