@@ -26,7 +26,7 @@ AXES: dict[str, str] = {
     "more_slots": "further ones of some kv heads",
     "more_heads": "these kv heads, as in 0,2-3",
     "slot_score": "which tokens get them: attention, recall, product, norm or learned",
-    "slot_target": "what a learnt score foretells of attention: the largest, or its mean_square",
+    "slot_target": "attention that a learnt score foretells: largest or mean_square",
     "slot_fade": "nats that a learnt score loses in 1,024 tokens; 0 is none",
     "share_kv": "one memory for each kv head: a state H/G times smaller",
     "far_rope": "queries and keys of the memory keep RoPE",
