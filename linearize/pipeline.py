@@ -107,13 +107,12 @@ def evaluate(
 
 def measured_documents(plan: Mapping[str, Any], source: str, docs: list[str], held_out: int | None) -> tuple[list[str], str]:
     """The documents that no stage of the plan was trained on, each once, and what they are. UsageError where that cannot be."""
-    docs = list(dict.fromkeys(docs))  # one that stands twice in the data would count twice, and intervals would be too narrow
     safe = min((stage.get("held_out", text.HELD_OUT_PERCENT) for stage in plan["stages"]), default=text.HELD_OUT_PERCENT)
     percent = held_out or safe
     if percent > safe and any(source in stage.get("data", ()) for stage in plan["stages"]):
         raise UsageError(f"a stage held out {safe}% of {source}: more was trained on", "--held-out", f"--held-out {safe}")
     if percent == 100:
-        return docs, f"all documents of {source}, which no stage was given"
+        return list(dict.fromkeys(docs)), f"all documents of {source}, which no stage was given"
     _, found = text.split(docs, percent)
     if not found:
         return docs, f"{source}: one document, nothing held out"

@@ -23,15 +23,16 @@ def fingerprint(document: str) -> int:
 def split(docs: Sequence[str], percent: int = HELD_OUT_PERCENT) -> tuple[list[str], list[str]]:
     """Training and held-out documents, by hash: at least one on each side of two or more, a single one for training.
 
-    Copies of a document are on one side.
+    Copies of a document are on one side; held out it stands once, or it would count twice and intervals would be too narrow.
     """
-    order = sorted(dict.fromkeys(docs), key=fingerprint)
+    once = dict.fromkeys(docs)
+    order = sorted(once, key=fingerprint)
     held = {d for d in order if fingerprint(d) % 100 < percent}
     if len(order) > 1 and not held:
         held = {order[0]}
     if len(held) == len(order):
         held -= set(order[-1:])
-    return [d for d in docs if d not in held], [d for d in docs if d in held]
+    return [d for d in docs if d not in held], [d for d in once if d in held]
 
 
 @dataclass(frozen=True)
