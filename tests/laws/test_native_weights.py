@@ -95,11 +95,10 @@ def test_who_computes(called: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 @pytest.mark.parametrize("window, sinks", [(1, 0), (8, 3), (24, 0), (64, 4)])
 @pytest.mark.parametrize("time", [1, 5, 31, 70, 200])
-@pytest.mark.parametrize("target", SLOT_TARGETS)
-def test_what_each_token_receives(target: str, time: int, window: int, sinks: int, kind: str, called: list[str]) -> None:
+@pytest.mark.parametrize("aim", SLOT_TARGETS)
+def test_what_each_token_receives(aim: str, time: int, window: int, sinks: int, kind: str, called: list[str]) -> None:
     """As PyTorch has it in float64; windows that the text does not fill, and steps of q's own."""
-    own = {"slot_score": "learned", "slot_target": target, "state_dtype": "float32"}
-    spec = replace(POINTS["lola"], window_kind=kind, window=window, sinks=sinks, slots=3, **own)
+    spec = replace(POINTS["lola"], window_kind=kind, window=window, sinks=sinks, slots=3, slot_score="learned", slot_target=aim)
     inputs = random_inputs(SHAPE, time, dtype=torch.float32, softcap=None)
     inputs = replace(inputs, q=inputs.q.transpose(1, 2).contiguous().transpose(1, 2))
     target = torch.zeros(len(inputs.q), time, SHAPE.heads, SHAPE.value_dim)
