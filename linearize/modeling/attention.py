@@ -90,7 +90,7 @@ class LinearizedAttention(nn.Module):
             return target
         layer = None if cache is None else cache_layer(cache, self.linearize_index)
         state = None if layer is None else layer.state
-        out, after = self.linearize(inputs, state, keep=layer is not None)
+        out, after = self.linearize(inputs, state, keep=layer is not None, in_place=getattr(layer, "in_place", False))
         if layer is not None and after is not None:
             mixer, start = self.linearize, state
 

@@ -146,6 +146,7 @@ class RecurrentLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
     is_croppable = True
+    in_place = False  # whether a state's tensors may be written to
     is_linearize_layer = True  # recognised by attribute, so that two copies of this file can live in one process
     supports_early_init = False
 

@@ -20,16 +20,19 @@ from .memory import State, chronological, empty_state, exact, fill_sinks, parts,
 from .merge import Merge
 from .native import differentiable, takes, takes_frozen
 from .native_hybrid import fuses, hybrid, hybrid_trained
+from .native_operators import hybrid_step, takes_step
 from .native_ops import merge
 from .places import Place, Places
 from .products import LOG2E, without_autocast
-from .rope import unrotate
+from .rope import in_halves, unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
 from .storage import EIGHT, kept, opened, pair, rounded
 from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
+
+OWN = (torch.float32, torch.bfloat16)  # of a model whose steps a kernel takes
 
 
 class Mixer(Leaving):
@@ -53,7 +56,10 @@ class Mixer(Leaving):
             self.output = FarOutput(spec, shape)
         self.reads_hidden = any(isinstance(module, Projection) for module in self.modules())
 
-    def forward(self, inputs: Inputs, state: State | None = None, keep: bool = False) -> tuple[Tensor, State | None]:
+    def forward(
+        self, inputs: Inputs, state: State | None = None, keep: bool = False, in_place: bool = False
+    ) -> tuple[Tensor, State | None]:
+        """(B, T, H, V) and, to `keep`, the next state: in its own tensors, or, `in_place`, where a step allows it, in the same."""
         if not self.spec.causal and (state is not None or keep):
             raise ValueError("a bidirectional layer has no state: give it whole texts, without a cache")
         with without_autocast(inputs.q):
@@ -68,6 +74,8 @@ class Mixer(Leaving):
             place, after = None, None
             if state is not None and rows is None and inputs.q.shape[2] == 1:
                 place = (inputs.places or Places()).of(self.spec, state["count"])
+            if state is not None and place is not None and self._steps_in_one_pass(inputs, state):
+                return self._stepped(inputs, state, place, in_place)
             stream = self._stream(inputs, rows, state, place)
             if state is not None and place is not None:
                 halves, after = self._step(stream, state, inputs.score, place)
@@ -133,6 +141,41 @@ class Mixer(Leaving):
         return Queries(s.q.unflatten(1, (self.shape.kv_heads, self.groups)), features, s.arrivals.get("route"), score)
 
     # ---- one token ----
+
+    def _steps_in_one_pass(self, inputs: Inputs, state: State) -> bool:
+        """Whether a kernel takes the whole step, whatever it is rotated by."""
+        score, q = inputs.score, inputs.q
+        if score.softcap is not None or score.null is not None or self.ablate is not None or not fuses(self.spec, self.shape):
+            return False
+        if q.dtype not in OWN or state["k"].dtype not in (*OWN, EIGHT) or not takes_step(q, inputs.k, inputs.v, dtype=q.dtype):
+            return False
+        return takes_step(*self._maps(), *self._terms())
+
+    def _maps(self) -> tuple[Tensor, Tensor]:
+        """Weights of the features of queries and of keys."""
+        maps: list[Any] = [self.map_q, self.map_k]
+        return maps[0].weight, maps[1].weight
+
+    def _terms(self) -> tuple[Tensor | None, ...]:
+        return () if self.far_mass is None else self.far_mass.own()
+
+    def _stepped(self, inputs: Inputs, state: State, place: Place, in_place: bool) -> tuple[Tensor, State]:
+        """(B, 1, H, V) and the next state, by a kernel."""
+        after: State = {**state, "count": place.after}
+        after |= {name: state[name].clone() for name in ("k", "v", "far_k", "far") if name in state and not in_place}
+        held = after["k"], after["v"], after.get("far_k"), after["far"]
+        given = (inputs.q, inputs.k, inputs.v), *self._far_sources(inputs), place.count, held, self._maps(), self._terms()
+        return hybrid_step(*given, self.spec.window, inputs.score.scale * LOG2E), after
+
+    def _far_sources(self, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """What the far half's queries and keys are made of, and the rotation (cos, sin) that is left to undo."""
+        q, k, cos, sin = inputs.q, inputs.k, inputs.cos, inputs.sin
+        if self.spec.far_rope:
+            return (q, k), (None, None)
+        normed = self.spec.far_norm or inputs.raw_q is None
+        if normed and inputs.rope == "half" and cos is not None and sin is not None and in_halves(q, cos, sin):
+            return (q, k), (cos, sin)
+        return (self._plain(q.float(), inputs.raw_q, inputs), self._plain(k.float(), inputs.raw_k, inputs)), (None, None)
 
     def _step(self, s: Stream, state: State, score: Scores, place: Place) -> tuple[Halves, State]:
         spec, queries = self.spec, self._queries(s, score)
@@ -217,8 +260,7 @@ class Mixer(Leaving):
         plain = s.lengths is None and score.softcap is None and score.null is None and self.ablate is None
         if not plain or not fuses(self.spec, self.shape):
             return ()
-        maps: list[Any] = [self.map_q.weight, self.map_k.weight]
-        return s.q, s.k, s.v, s.far_q, s.far_k, *maps
+        return s.q, s.k, s.v, s.far_q, s.far_k, *self._maps()
 
     def _in_one_pass(self, s: Stream, score: Scores) -> bool:
         """Whether a kernel makes both halves of a call at once."""

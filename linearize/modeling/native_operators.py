@@ -18,15 +18,18 @@ FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers
     "matvec": lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], len(weight)),
     "additive_step": lambda q, k, v, g, state: (q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(state)),
+    "feed_forward": lambda x, gate, up, down, *_: x.new_empty(*x.shape[:-1], len(down)),
+    "hybrid_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
 }
 
 
-def takes_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def takes_few(x: Tensor, *weights: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a kernel makes x (..., K) W^T + b of weights (N, K) in x's dtype, or in int8; traces take it for an operator."""
-    if x.numel() > FEW * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (x.dtype, torch.int8):
+    if x.numel() > FEW * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    given = (x, bias) if weight.dtype == torch.int8 else (x, weight, bias)
-    return weight.is_contiguous() and takes_step(*given, dtype=x.dtype)
+    if not all(weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() for weight in weights):
+        return False
+    return takes_step(x, bias, *(weight for weight in weights if weight.dtype != torch.int8), dtype=x.dtype)
 
 
 def takes_step(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
@@ -40,10 +43,33 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     return found
 
 
+def feed_forward(
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> Tensor:
+    """down(silu(gate(x)) up(x)) of x (..., K) by weights (N, K), (N, K), (K, N), N a multiple of WIDTH; rounded after each step."""
+    found: Tensor = _made("feed_forward")(x.contiguous(), *weights, *scales)
+    return found
+
+
 def additive_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """`recurrence_additive.step`, in one pass over the state, which is not written to."""
     given = (x if x is None else x.contiguous() for x in (q, k, v, g, state))
     found: tuple[Tensor, Tensor] = _made("additive_step")(*given)
+    return found
+
+
+def hybrid_step(
+    near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor], rotation: tuple[Tensor | None, Tensor | None], count: Tensor,
+    held: tuple[Tensor, Tensor, Tensor | None, Tensor], maps: tuple[Tensor, Tensor], terms: tuple[Tensor | None, ...], window: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """One token of a mixer like the default after `count` (B,) others: (B, 1, H, V) in q's dtype, and `held` changes in place.
+
+    `near` q (B, H, 1, D), k and v (B, G, 1, .); `far` its own q and k, which are turned back where a rotation (cos, sin) is given;
+    `held` k and v (B, G, W + s, .) as they are stored, far_k (B, G, W, D) or None, and the memory (B, G, K, V + 1); `maps` weights
+    of queries' and keys' features; `terms` FarMass.own's; `scale` of scores of base 2.
+    """
+    found: Tensor = _made("hybrid_step")(*near, *far, *rotation, count, *held, *maps, *terms, window, scale)
     return found
 
 

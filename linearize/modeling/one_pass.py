@@ -17,8 +17,9 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
+from .native import WIDTH
 from .native_model import rms_norm, swiglu, takes_own
-from .native_operators import matvec, takes_few
+from .native_operators import feed_forward, matvec, takes_few
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PROBE = 32  # numbers
@@ -45,7 +46,12 @@ class OnePassGate(OnePass):
 
     def forward(self, x: Tensor) -> Any:
         own: Any = self
-        if self.linearize_plain or not takes_own(x):  # what gradients are wanted of, or is traced, stays as it was
+        if self.linearize_plain:
+            return super().forward(x)
+        parts = [own._modules[name] for name in GATED]
+        if all(map(_bare, parts)) and len(parts[0].weight) % WIDTH == 0 and takes_few(x, *(part.weight for part in parts)):
+            return feed_forward(x, *zip(*((part.weight, getattr(part, "scale", None)) for part in parts), strict=True))
+        if not takes_own(x):  # what gradients are wanted of, or is traced, stays as it was
             return super().forward(x)
         gate, up = own.gate_proj(x), own.up_proj(x)
         return own.down_proj(swiglu(gate, up) if takes_own(gate, up) else own.act_fn(gate) * up)
@@ -54,10 +60,18 @@ class OnePassGate(OnePass):
 class OnePassLinear(OnePass, nn.Linear):
     """A linear layer that reads its weights once where rows are few."""
 
+    reads_few = True
+
     def forward(self, x: Tensor) -> Any:
-        if self.linearize_plain or not takes_few(x, self.weight, self.bias):
+        if self.linearize_plain or not takes_few(x, self.weight, bias=self.bias):
             return super().forward(x)
         return matvec(x, self.weight, self.bias)
+
+
+def _bare(layer: Any) -> bool:
+    """Whether its weights are all there is to a linear layer: no bias, and nobody who wants to know of its calls."""
+    plain = getattr(layer, "reads_few", False) and layer.bias is None and "forward" not in vars(layer)
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def in_one_pass(model: nn.Module) -> None:

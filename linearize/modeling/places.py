@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 try:
     import torch
     from torch import Tensor
@@ -13,7 +15,7 @@ from .window import ring_positions, visible
 
 
 class Place:
-    """For a token after `count` (B,) others, over the exact places, [ring | slots | sinks]:
+    """What is asked of it, for a token after `count` (B,) others, over the exact places, [ring | slots | sinks]:
 
     position (B, 1); `fresh` (B, 1, L, 1) the places of the buffers that the token itself takes; `hidden` (B, 1, 1, L) those
     that its query does not see, slots apart, and `unseen` the same of ring and sinks alone; `distance` (B, 1, 1, R) back to the
@@ -22,23 +24,56 @@ class Place:
     """
 
     def __init__(self, spec: MixerSpec, count: Tensor) -> None:
-        self.count, self.after, self.position = count, count + 1, count[:, None]
-        if not spec.has_near:
-            return
-        ring, sinks = (torch.arange(size, device=count.device) for size in (spec.recent, spec.sinks))
-        slots = torch.zeros(len(count), spec.slots, dtype=torch.bool, device=count.device)
-        offsets = torch.arange(spec.block, device=count.device)
-        self.leaving = (self.position + offsets) % spec.recent
-        self.old = self.position - spec.recent + offsets
-        self.valid = self.old >= spec.sinks
-        if spec.block > 1:
-            self.valid = self.valid & (self.position % spec.block == 0)
-        self.fresh = torch.cat([self.leaving[:, :1] == ring, self.position == sinks], dim=1)[:, None, :, None]
-        key = ring_positions(self.after, spec.recent)
-        behind, later = ~visible(spec, self.position, key), self.position < sinks
-        self.unseen = torch.cat([behind, later], dim=1)[:, None, None]
-        self.hidden = torch.cat([behind, slots, later], dim=1)[:, None, None] if spec.slots else self.unseen
-        self.distance = (self.position - key)[:, None, None]
+        self.spec, self.count, self.after = spec, count, count + 1
+
+    @cached_property
+    def position(self) -> Tensor:
+        return self.count[:, None]
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        return torch.arange(self.spec.block, device=self.count.device)
+
+    @cached_property
+    def leaving(self) -> Tensor:
+        return (self.position + self._offsets) % self.spec.recent
+
+    @cached_property
+    def old(self) -> Tensor:
+        return self.position - self.spec.recent + self._offsets
+
+    @cached_property
+    def valid(self) -> Tensor:
+        found: Tensor = self.old >= self.spec.sinks
+        return found & (self.position % self.spec.block == 0) if self.spec.block > 1 else found
+
+    @cached_property
+    def fresh(self) -> Tensor:
+        ring, sinks = (torch.arange(size, device=self.count.device) for size in (self.spec.recent, self.spec.sinks))
+        return torch.cat([self.leaving[:, :1] == ring, self.position == sinks], dim=1)[:, None, :, None]
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return ring_positions(self.after, self.spec.recent)
+
+    @cached_property
+    def _unseen(self) -> tuple[Tensor, Tensor]:
+        later = self.position < torch.arange(self.spec.sinks, device=self.count.device)
+        return ~visible(self.spec, self.position, self._keys), later
+
+    @cached_property
+    def unseen(self) -> Tensor:
+        return torch.cat(self._unseen, dim=1)[:, None, None]
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        behind, later = self._unseen
+        slots = torch.zeros(len(self.count), self.spec.slots, dtype=torch.bool, device=self.count.device)
+        return torch.cat([behind, slots, later], dim=1)[:, None, None] if self.spec.slots else self.unseen
+
+    @cached_property
+    def distance(self) -> Tensor:
+        return (self.position - self._keys)[:, None, None]
 
     def put(self, buffer: Tensor, new: Tensor) -> Tensor:
         """A buffer (B, h, L or fewer, D) with the new token (B, h, 1, D), as it is stored, in its places."""

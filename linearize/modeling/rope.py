@@ -53,10 +53,11 @@ def unrotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, style: str = "ha
 
 def fused(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether a kernel with gradients turns x (B, h, T, D), its channels paired as halves."""
-    return _halves(x, cos, sin) and takes(x, cos, sin) and not differentiable(cos, sin)
+    return in_halves(x, cos, sin) and takes(x, cos, sin) and not differentiable(cos, sin)
 
 
-def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether kernels turn x (B, h, T, D) by cos and sin (B or 1, T, W), if its channels are paired as halves."""
     width, sizes = cos.shape[-1], (cos.dim() == 3, len(cos) in (1, len(x)), cos.shape == sin.shape)
     return all(sizes) and width % (2 * WIDTH) == 0 and width <= x.shape[-1]
 
@@ -76,12 +77,12 @@ def in_one_pass(attention: type[nn.Module]) -> type[nn.Module]:
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return attention
     original = forward.__globals__.get(ROTATION)
-    if not callable(original) or not pairs_halves(original):
+    if not callable(original) or not pairshalves(original):
         return attention
 
     @wraps(original)
     def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
-        if not (rest or options) and _halves(q, cos, sin) and _halves(k, cos, sin):
+        if not (rest or options) and in_halves(q, cos, sin) and in_halves(k, cos, sin):
             if takes(q, k, cos, sin) and not differentiable(cos, sin):
                 return native_rope(q, cos, sin), native_rope(k, cos, sin)
             if takes_frozen(q, k, cos, sin, dtype=torch.bfloat16):
@@ -94,7 +95,7 @@ def in_one_pass(attention: type[nn.Module]) -> type[nn.Module]:
     return type(attention.__name__, (attention,), {"forward": bound, "__module__": attention.__module__})
 
 
-def pairs_halves(rotation: Any) -> bool:
+def pairshalves(rotation: Any) -> bool:
     """Whether it computes x cos + rotate(x) sin of queries and keys (B, H, T, D), channels paired as halves: asked, not read."""
     q, k, cos, sin = (torch.arange(n, dtype=torch.float64, device="cpu").sin_().view(shape) for n, shape in _PROBES)
     try:

@@ -45,6 +45,8 @@ PLAIN = ("logits_to_keep", "return_dict")  # keywords of a call that the compile
 class InPlace(RecurrentLayer):
     """A cache layer that writes each new state into the tensors of the first one; `count`, which all layers share, it leaves."""
 
+    in_place = True
+
     def __init__(self, state: State) -> None:
         super().__init__()
         self.state, self.seen, self.is_initialized = state, 1, True

@@ -17,7 +17,8 @@ from linearize import convert_model
 from linearize.modeling import native, native_operators, one_pass, recurrence_additive
 from linearize.modeling.attention import RecordedNorm
 from linearize.modeling.native_model import rms_norm, rope_half, swiglu, takes_own
-from linearize.modeling.native_operators import FEW, additive_step, matvec, takes_few
+from linearize.modeling.native_operators import FEW, additive_step, feed_forward, matvec, takes_few
+from linearize.serving.int8 import Int8Linear
 from linearize.testing import linearized
 from linearize.testing.families import tiny_family
 from linearize.testing.laws import EXACT, assert_close
@@ -107,6 +108,56 @@ def test_few_rows_times_a_matrix(depth: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@BOTH
+@pytest.mark.parametrize("eighths", [(), (0, 1, 2), (2,)], ids=str)
+def test_few_rows_through_a_gate(eighths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """To the bit what its three products and the gate between come to; some of the weights in 8 bits; idle threads."""
+    for rows, width, inner in ((1, 7, 16), (2, 64, 48), (FEW, 40, 336), (1, 200, 400)):
+        x = torch.randn(1, rows, width).to(dtype)
+        weights = [torch.randn(size).to(dtype) for size in ((inner, width), (inner, width), (width, inner))]
+        scales: list[Tensor | None] = [None] * 3
+        for i in eighths:
+            weights[i], scales[i] = torch.randint(-127, 128, weights[i].shape).to(torch.int8), torch.rand(len(weights[i])) / 127
+        given, kept = x, [weight.clone() for weight in weights]
+        found = feed_forward(given, tuple(weights), tuple(scales))  # type: ignore[arg-type]
+        gate, up, down = zip(weights, scales, strict=True)
+        inside = swiglu(matvec(x, gate[0], scale=gate[1]), matvec(x, up[0], scale=up[1]))
+        assert torch.equal(found, matvec(inside, down[0], scale=down[1]))
+        assert all(map(torch.equal, weights, kept))
+    torch.library.opcheck(
+        native_operators._made("feed_forward"), (x, *weights, *scales), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_kernels
+def test_who_has_a_gate_of_few_rows_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits too; not where its parts have more to do, or someone listens to them, nor as the teacher."""
+    made: list[bool] = []
+    monkeypatch.setattr(one_pass, "feed_forward", lambda *given: made.append(True) or feed_forward(*given))
+    for change, wanted in (
+        (lambda mlp: None, True),
+        (lambda mlp: mlp.gate_proj.register_forward_hook(lambda *_: None), False),
+        (lambda mlp: mlp.down_proj.register_forward_pre_hook(lambda *_: None), False),
+        (lambda mlp: setattr(mlp.up_proj, "forward", mlp.up_proj.forward), False),
+        (lambda mlp: setattr(mlp.up_proj, "bias", nn.Parameter(torch.zeros(mlp.up_proj.out_features))), False),
+        (lambda mlp: setattr(mlp, "linearize_plain", True), False),
+        (lambda mlp: mlp.set_submodule("up_proj", Int8Linear(mlp.up_proj)), True),
+    ):
+        model = tiny_family("llama", intermediate_size=64)
+        one_pass.in_one_pass(model)
+        mlp = model.model.layers[0].mlp
+        x = torch.randn(1, 1, model.config.hidden_size)
+        with torch.no_grad():
+            change(mlp)
+            made.clear()
+            found = mlp(x)
+            gate = swiglu(mlp.gate_proj(x), mlp.up_proj(x))
+            torch.testing.assert_close(found, mlp.down_proj(gate))
+        assert bool(made) == wanted
+    assert mlp(x).requires_grad
+
+
+@needs_kernels
 @pytest.mark.parametrize("decays", [None, 2, 3])
 @pytest.mark.parametrize("width", [1, 16, 65])
 def test_a_token_enters_a_memory_and_is_read_for(width: int, decays: int | None) -> None:
@@ -138,7 +189,7 @@ def test_a_token_enters_a_memory_and_is_read_for(width: int, decays: int | None)
 def test_whose_rows_are_few() -> None:
     x, weight = torch.randn(1, FEW, 32), torch.randn(48, 32)
     assert takes_few(x, weight)
-    assert takes_few(x.bfloat16(), weight.bfloat16(), torch.zeros(48).bfloat16())
+    assert takes_few(x.bfloat16(), weight.bfloat16(), bias=torch.zeros(48).bfloat16())
     assert takes_few(x, torch.zeros(48, 32, dtype=torch.int8))
     for own, other in (
         (torch.randn(1, FEW + 1, 32), weight), (x.half(), weight.half()), (x.double(), weight.double()), (x, weight.bfloat16()),

@@ -30,3 +30,9 @@ template <>
 inline Vector rounded<Half>(Vector v) {
   return reinterpret_cast<Vector>(shortened(v) << 16);
 }
+
+// silu(x) u, with silu(x) = x / (1 + e^-x) rounded before the product.
+template <class T>
+inline Vector gated(Vector x, Vector u) {
+  return rounded<T>(x / (1.0f + power_of_two(-larger(all(-127.0f), x * LOG2E)))) * u;
+}

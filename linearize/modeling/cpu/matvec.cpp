@@ -73,23 +73,64 @@ void rows_of(const Product& p, const X* x, const F& dot, Index from, Index to) {
     }
 }
 
+bool paired(const Product& p) { return p.half && p.bits == 16 && pairs(); }
+
+// x as rows are multiplied: as it is, or in float32.
+const void* readable(const Product& p, std::vector<float>& held) {
+  if (!p.half || paired(p)) return p.x;
+  float* wide = room(held, p.rows * p.depth);
+  for (Index i = 0; i < p.rows * p.depth; i++) wide[i] = single(static_cast<const Half*>(p.x)[i]);
+  return wide;
+}
+
+void some(const Product& p, const void* x, Index from, Index to) {
+  const float* wide = static_cast<const float*>(x);
+  if (paired(p)) rows_of<Half>(p, static_cast<const Half*>(x), in_pairs, from, to);
+  else if (p.bits == 8) rows_of<Eighth>(p, wide, along<Eighth>, from, to);
+  else if (p.bits == 16) rows_of<Half>(p, wide, along<Half>, from, to);
+  else rows_of<float>(p, wide, along<float>, from, to);
+}
+
+// What this thread takes of so many, in whole steps.
+struct Share {
+  Index from, to;
+  explicit Share(Index size, Index step = 1) : from(part(size / step, 0) * step), to(part(size / step, 1) * step) {}
+  static Index part(Index steps, Index more) { return steps * (omp_get_thread_num() + more) / omp_get_num_threads(); }
+};
+
+template <class T>
+void pass(const Product& gate, const Product& up, const Share& own) {
+  for (Index m = 0; m < gate.rows; m++) {
+    T *into = static_cast<T*>(gate.y) + m * gate.out, *by = static_cast<T*>(up.y) + m * up.out;
+    for (Index n = own.from; n < own.to; n += LANES) store(into + n, gated<T>(load(into + n), load(by + n)));
+  }
+}
+
 }  // namespace
 
 void multiply(const Product& p) {
-  const bool paired = p.half && p.bits == 16 && pairs();
   static thread_local std::vector<float> wide;
-  const float* x = static_cast<const float*>(p.x);
-  if (p.half && !paired) {
-    x = room(wide, p.rows * p.depth);
-    for (Index i = 0; i < p.rows * p.depth; i++) wide[i] = single(static_cast<const Half*>(p.x)[i]);
-  }
+  const void* x = readable(p, wide);
 #pragma omp parallel if (p.out * p.depth > 1 << 14)
   {
-    const Index share = omp_get_thread_num(), threads = omp_get_num_threads();
-    const Index from = p.out * share / threads, to = p.out * (share + 1) / threads;
-    if (paired) rows_of<Half>(p, static_cast<const Half*>(p.x), in_pairs, from, to);
-    else if (p.bits == 8) rows_of<Eighth>(p, x, along<Eighth>, from, to);
-    else if (p.bits == 16) rows_of<Half>(p, x, along<Half>, from, to);
-    else rows_of<float>(p, x, along<float>, from, to);
+    const Share own(p.out);
+    some(p, x, own.from, own.to);
+  }
+}
+
+void multiply(const Product& gate, const Product& up, const Product& down) {
+  static thread_local std::vector<float> wide, inner;
+  const void *x = readable(gate, wide), *between = nullptr;
+  std::vector<float>& held = inner;  // of the caller
+#pragma omp parallel if (gate.out * gate.depth > 1 << 14)
+  {
+    const Share own(gate.out, WIDTH), last(down.out);
+    some(gate, x, own.from, own.to);
+    some(up, x, own.from, own.to);
+    gate.half ? pass<Half>(gate, up, own) : pass<float>(gate, up, own);
+#pragma omp barrier
+#pragma omp single
+    between = readable(down, held);
+    some(down, between, last.from, last.to);
   }
 }

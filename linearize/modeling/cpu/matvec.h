@@ -12,3 +12,6 @@ struct Product {
 };
 
 void multiply(const Product& p);
+
+// down(silu(gate(x)) up(x)), each rounded as the output is: y of `gate` holds what `down` takes.
+void multiply(const Product& gate, const Product& up, const Product& down);

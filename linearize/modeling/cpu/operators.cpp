@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "additive_step.h"
+#include "hybrid_step.h"
 #include "matvec.h"
 
 namespace {
@@ -13,19 +14,37 @@ at::Tensor wide(const std::optional<at::Tensor>& x) { return x ? x->to(at::kFloa
 
 const float* numbers(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
-// x (..., K) W^T + b of weights (N, K) in x's dtype, or in int8 with a scale (N) each: (..., N).
+// x (rows, K) W^T + b of weights (N, K) in x's dtype, or in int8 with a scale (N) each.
+struct Rows {
+  at::Tensor y, scales, added;
+  Product product;
+  Rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& bias)
+      : scales(wide(scale)), added(wide(bias)) {
+    TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.dim() == 2 && x.size(-1) == weight.size(1),
+                "contiguous x (..., K) and weights (N, K) are needed");
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    y = at::empty(sizes, x.options());
+    product = {x.const_data_ptr(), weight.const_data_ptr(), numbers(scales), numbers(added), y.mutable_data_ptr(),
+               x.numel() / weight.size(1), weight.size(0), weight.size(1), x.scalar_type() == at::kBFloat16,
+               int(8 * weight.element_size())};
+  }
+};
+
 at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
                   const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.dim() == 2 && x.size(-1) == weight.size(1),
-              "matvec: contiguous x (..., K) and weights (N, K) are needed");
-  auto sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  at::Tensor y = at::empty(sizes, x.options());
-  const at::Tensor scales = wide(scale), added = wide(bias);
-  const bool half = x.scalar_type() == at::kBFloat16;
-  multiply({x.const_data_ptr(), weight.const_data_ptr(), numbers(scales), numbers(added), y.mutable_data_ptr(),
-            x.numel() / weight.size(1), weight.size(0), weight.size(1), half, int(8 * weight.element_size())});
-  return y;
+  const Rows own(x, weight, scale, bias);
+  multiply(own.product);
+  return own.y;
+}
+
+// down(silu(gate(x)) up(x)) of x (..., K), weights (N, K) twice and (K, N), N a multiple of WIDTH.
+at::Tensor feed_forward(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
+                        const std::optional<at::Tensor>& gate_scale, const std::optional<at::Tensor>& up_scale,
+                        const std::optional<at::Tensor>& down_scale) {
+  const Rows first(x, gate, gate_scale, {}), second(x, up, up_scale, {}), last(first.y, down, down_scale, {});
+  multiply(first.product, second.product, last.product);
+  return last.y;
 }
 
 // S' = e^g S + k v^T and q S' of q (B, M, R, K), k (B, M, K), v (B, M, V), g none, (B, M) or (B, M, K), S (B, M, K, V).
@@ -40,13 +59,60 @@ std::tuple<at::Tensor, at::Tensor> additive_step(const at::Tensor& q, const at::
   return {out, after};
 }
 
+// x (B, h, 1, D), in float32, before y = x cos + rotate(x) sin of the first channels, W / 2 apart; cos, sin (B or 1, 1, W).
+at::Tensor unturned(const at::Tensor& y, const at::Tensor& cos, const at::Tensor& sin) {
+  const Index heads = y.size(1), dim = y.size(3), width = cos.size(-1), half = width / 2;
+  at::Tensor x = y.clone();
+  for (Index u = 0; u < y.size(0) * heads; u++) {
+    const Index shift = cos.size(0) == 1 ? 0 : u / heads * width;
+    const float *c = numbers(cos) + shift, *s = numbers(sin) + shift, *from = numbers(y) + u * dim;
+    float* into = x.mutable_data_ptr<float>() + u * dim;
+    for (Index j = 0, k = half; j < half; j++, k++) {
+      into[j] = (from[j] * c[j] + from[k] * s[j]) / (c[j] * c[j] + s[j] * s[j]);  // yarn scales cos and sin
+      into[k] = (from[k] * c[k] - from[j] * s[k]) / (c[k] * c[k] + s[k] * s[k]);
+    }
+  }
+  return x;
+}
+
+// One token of `Mixer` with the default's halves: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .) and what is held, which
+// changes in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
+at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q, const at::Tensor& far_k,
+                       const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& count,
+                       at::Tensor held_k, at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far,
+                       const at::Tensor& weight_q, const at::Tensor& weight_k, const std::optional<at::Tensor>& slope,
+                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& slant, int64_t window, double scale) {
+  for (const at::Tensor& x : {held_k, held_v, far, weight_q, weight_k}) TORCH_CHECK(x.is_contiguous(), "hybrid_step: contiguous tensors are needed");
+  const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
+  at::Tensor own_q = far_q.is_same(q) ? queries : wide(far_q), own_k = far_k.is_same(k) ? keys : wide(far_k);
+  if (cos) own_q = unturned(own_q, wide(cos), wide(sin)), own_k = unturned(own_k, wide(cos), wide(sin));
+  const Index batch = q.size(0), groups = k.size(1), width = v.size(3);
+  at::Tensor out = at::empty({batch, 1, q.size(1), width}, queries.options());
+  take_step({numbers(queries), numbers(own_q), numbers(keys), numbers(values), numbers(own_k), counts.const_data_ptr<int64_t>(),
+             held_k.mutable_data_ptr(), held_v.mutable_data_ptr(), held_far ? held_far->mutable_data_ptr<float>() : nullptr,
+             far.mutable_data_ptr(), numbers(weight_q), numbers(weight_k), numbers(wide(slope)), numbers(wide(bias)),
+             numbers(wide(slant)), out.mutable_data_ptr<float>(), batch, groups, q.size(1) / groups, q.size(3), width,
+             held_k.size(2) - window, window, weight_q.size(2), float(scale), int(8 * held_k.element_size()),
+             far.scalar_type() == at::kBFloat16});
+  return out.to(q.scalar_type());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(linearize, m) {
   m.def("additive_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor state) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "hybrid_step(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? cos, Tensor? sin, Tensor count, Tensor(a!) held_k, "
+      "Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, Tensor weight_k, Tensor? slope, Tensor? bias, "
+      "Tensor? slant, int window, float scale) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def("feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   m.def("matvec(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(linearize, CPU, m) {
+  m.impl("feed_forward", feed_forward);
+  m.impl("hybrid_step", hybrid_step);
   m.impl("matvec", matvec);
   m.impl("additive_step", additive_step);
 }

@@ -22,14 +22,10 @@ void rms_norm(const T* x, const T* weight, T* y, Index rows, Index width, float 
   }
 }
 
-// y = silu(x) u, with silu(x) = x / (1 + e^-x) rounded before the product.
 template <class T>
 void swiglu(const T* x, const T* u, T* y, Index size) {
 #pragma omp parallel for if (size > FEW)
-  for (Index j = 0; j < size; j += LANES) {
-    const Vector own = load(x + j), z = power_of_two(-larger(all(-127.0f), own * LOG2E));
-    store(y + j, rounded<T>(own / (1.0f + z)) * load(u + j));
-  }
+  for (Index j = 0; j < size; j += LANES) store(y + j, gated<T>(load(x + j), load(u + j)));
 }
 
 }  // namespace

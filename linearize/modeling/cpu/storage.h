@@ -132,9 +132,30 @@ struct Eight {
 // As they are computed.
 struct Plain {
   static Index bytes(Index channels) { return channels * sizeof(float); }
+  static void keep(const float* x, Index channels, uint8_t* bytes, float*, std::vector<float>&) {
+    std::memcpy(bytes, x, channels * sizeof(float));
+  }
   static void open(const uint8_t* bytes, Index channels, float* values, std::vector<float>&) {
     std::memcpy(values, bytes, channels * sizeof(float));
   }
 };
+
+// In bfloat16.
+struct Sixteen {
+  static Index bytes(Index channels) { return channels * sizeof(uint16_t); }
+  static void keep(const float* x, Index channels, uint8_t* bytes, float*, std::vector<float>&) {
+    for (Index c = 0; c < channels; c++) reinterpret_cast<uint16_t*>(bytes)[c] = shorten(x[c]);
+  }
+  static void open(const uint8_t* bytes, Index channels, float* values, std::vector<float>&) {
+    for (Index c = 0; c < channels; c++) values[c] = widen(reinterpret_cast<const uint16_t*>(bytes)[c]);
+  }
+};
+
+// An element of a memory in bfloat16 after `count` tokens, as memory.py dithers it: what is cut off is carried on the average.
+inline uint16_t dithered(float x, Index count, Index element) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return uint16_t((uint32_t(bits) + (uint32_t(count * 40503 + element * 25717) & 0xFFFF)) >> 16);
+}
 
 }  // namespace storage
