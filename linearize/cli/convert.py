@@ -154,7 +154,7 @@ def _plan(
         model, method=wanted.method, options=wanted.options, layers=layers, start=start.value, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device).to_dict()}
+    made = {**planned.to_dict(), "estimates": estimate(planned, dtype.value, device, stages=wanted.stages).to_dict()}
     show.plan(console, made)
     console.say(f"\nnothing was written; to write it: {again}")
     console.data(made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,12 +18,13 @@ from linearize.conversion.streaming import (
     tensor_sizes,
     tokens_at_once,
 )
+from linearize.methods.base import Stage
 from linearize.methods.layout import stages_of
 
 START, RANK, COMMON_LENGTH = "start", "rank", 1024
 # of one forward pass of the teacher over as many tokens, logits included in rank's and lora's; measured by recipes/stage_costs.py
-COSTS = {RANK: 1.4, START: 4.0, "attention": 2.5, "lora": 4.5}
-WITH_LOGITS = (RANK, "lora")
+COSTS = {RANK: 1.4, START: 4.0, "attention": 2.5, "lora": 4.5, "long": 4.5}
+WITH_LOGITS = (RANK, "lora", "long")
 MIXER_BYTES = 4  # a parameter: new ones are stored in fp32
 
 
@@ -46,8 +47,13 @@ class Estimates:
         return dict(vars(self))
 
 
-def estimate(plan: Plan, dtype: str = "auto", device: str = "auto", rate: float | None = None) -> Estimates:
-    """Estimates for the weights in `dtype` on `device`. `rate` (FLOP/s) is measured for a fifth of a second unless given."""
+def estimate(
+    plan: Plan, dtype: str = "auto", device: str = "auto", rate: float | None = None, stages: Sequence[Stage] = ()
+) -> Estimates:
+    """Estimates for the weights in `dtype` on `device`. `rate` (FLOP/s) is measured for a fifth of a second unless given.
+
+    Of the `stages` of a recipe, or the method's own.
+    """
     from linearize.devices import matmul_rate, pick_device, pick_dtype
 
     on = pick_device(device)
@@ -56,10 +62,15 @@ def estimate(plan: Plan, dtype: str = "auto", device: str = "auto", rate: float 
     weights = stored.itemsize * sum(tensor_sizes(plan.source, plan.architecture))
     added = MIXER_BYTES * plan.parameters_added
     start = prod(calibration_shape(plan.mixers))
-    tokens = {START: start} | {s.kind: s.tokens for s in stages_of(plan.method)}
+    wanted = stages or stages_of(plan.method)
+    tokens = {START: start} | {s.kind: s.tokens for s in wanted}
+    lengths = {s.kind: s.sequence or COMMON_LENGTH for s in wanted}
     if plan.keeps:  # the model runs as it is, then with each layer swapped
         tokens = {RANK: CALIBRATION_ROWS * RANKED_LENGTH * (len(plan.parts) + 1)} | tokens
-    seconds = {kind: count * COSTS[kind] * forward_flops(plan, kind in WITH_LOGITS) / rate for kind, count in tokens.items()}
+    seconds = {
+        kind: count * COSTS[kind] * forward_flops(plan, kind in WITH_LOGITS, lengths.get(kind, COMMON_LENGTH)) / rate
+        for kind, count in tokens.items()
+    }
     mlp = plan.architecture.mlp_width(plan.source.config)
     held = weights + added + activation_bytes(plan.shape, mlp, tokens_at_once(plan.mixers))
     unpacked = 2 * weights if plan.source.format == "gguf" else 0  # all of its tensors, then the model's

@@ -89,13 +89,14 @@ def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calib
     inside = torch.full((q.shape[0], groups, q.shape[2]), -torch.inf, device=q.device)  # logarithms
     beyond = torch.zeros(inside.shape, dtype=torch.float64, device=q.device) if squares else inside.clone()
 
-    def note(found: Tensor, keys: Tensor, scores: Tensor) -> None:
-        own = scores.unflatten(1, (groups, -1))
-        if squares and found is beyond:
-            found[..., keys] += (2 * own).exp().sum((2, 3))
-        else:
-            found[..., keys] = torch.maximum(found[..., keys], own.amax((2, 3)).to(found.dtype))
+    def most(found: Tensor, keys: Tensor, scores: Tensor) -> None:
+        own = scores.unflatten(1, (groups, -1)).amax((2, 3))
+        found[..., keys] = torch.maximum(found[..., keys], own.to(found.dtype))
 
+    def summed(found: Tensor, keys: Tensor, scores: Tensor) -> None:
+        found[..., keys] += (2 * scores).exp().unflatten(1, (groups, -1)).sum((2, 3))
+
+    note = summed if squares else most
     for block, scores in calibration.rows():
         queries, mass = places[block, None], scores.logsumexp(-1, keepdim=True)
         gone = max(int(first[block.start]), 0)  # keys before this one have left the window of all queries of the block
@@ -104,7 +105,7 @@ def attention_inside_and_beyond(spec: MixerSpec, groups: int, calibration: Calib
         near, out = scores[..., keys], keys < first[block, None]
         exact = near.masked_fill(out & (keys >= spec.sinks), -torch.inf)
         shares = exact - exact.logsumexp(-1, keepdim=True)
-        note(inside, keys, shares.masked_fill(queries - keys <= spec.window // 8, -torch.inf))
+        most(inside, keys, shares.masked_fill(queries - keys <= spec.window // 8, -torch.inf))
         note(beyond, keys, (near - mass).masked_fill(~out, -torch.inf))
         left = slice(min(spec.sinks, gone), gone)
         note(beyond, places[left], scores[..., left].sub_(mass))

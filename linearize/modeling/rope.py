@@ -77,7 +77,7 @@ def in_one_pass(attention: type[nn.Module]) -> type[nn.Module]:
     if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
         return attention
     original = forward.__globals__.get(ROTATION)
-    if not callable(original) or not pairshalves(original):
+    if not callable(original) or not pairs_halves(original):
         return attention
 
     @wraps(original)
@@ -95,7 +95,7 @@ def in_one_pass(attention: type[nn.Module]) -> type[nn.Module]:
     return type(attention.__name__, (attention,), {"forward": bound, "__module__": attention.__module__})
 
 
-def pairshalves(rotation: Any) -> bool:
+def pairs_halves(rotation: Any) -> bool:
     """Whether it computes x cos + rotate(x) sin of queries and keys (B, H, T, D), channels paired as halves: asked, not read."""
     q, k, cos, sin = (torch.arange(n, dtype=torch.float64, device="cpu").sin_().view(shape) for n, shape in _PROBES)
     try:

@@ -72,6 +72,8 @@ def test_a_recipe_says_method_and_options(
     recipe.write_text(f"{{method: lolcats, options: {options}, {learns}}}")
     ids = convert.calibration_ids
     monkeypatch.setattr(convert, "calibration_ids", lambda *given: seen.append(given[1].held_out) or ids(*given))
+    told = json.loads(cli("plan", model, "--recipe", recipe, "--json").out)["estimates"]["tokens"]
+    assert {kind: count for kind, count in told.items() if kind != "start"} == {"lora": 64}
     words = shlex.split(cli("plan", model, "--recipe", recipe, "--set", "window=6").out.split("to write it: ")[1])
     assert cli(*words[1:], "-o", tmp_path / "made", "--calibration", book).code == 0
     made = json.loads(cli("inspect", tmp_path / "made", "--json").out)

@@ -19,6 +19,8 @@ from linearize.conversion.plan import make_plan, plan_for
 from linearize.conversion.sources import Source
 from linearize.conversion.streaming import tensor_sizes
 from linearize.methods import DEFAULT, get
+from linearize.methods.base import KINDS
+from linearize.recipe import recipe_of
 from linearize.testing.families import tiny_family
 
 RATE = 1e9
@@ -79,11 +81,22 @@ def test_time_is_the_budget_of_each_stage_at_the_rate(given: Path) -> None:
         assert slow.tokens[stage.kind] == stage.tokens
 
 
+def test_a_recipe_s_stages_are_what_is_told_of(given: Path) -> None:
+    """Its tokens, and longer rows, whose attention is more to compute."""
+    plan = make_plan(str(given), method="hedgehog")
+    short, long = (recipe_of({"method": "hedgehog", "stages": {"long": {"tokens": "5k", "sequence": n}}}) for n in (64, 8192))
+    first, second = (estimate(plan, device="cpu", rate=RATE, stages=made.stages) for made in (short, long))
+    assert first.tokens == second.tokens
+    assert first.tokens["long"] == 5000
+    assert set(first.tokens) == {START, "long"}
+    assert second.seconds["long"] > 2 * first.seconds["long"] > 0
+
+
 def test_every_stage_of_every_kind_has_a_cost() -> None:
     from linearize.methods import names
     from linearize.methods.layout import stages_of
 
-    assert {stage.kind for name in names() for stage in stages_of(name)} <= set(COSTS)
+    assert {stage.kind for name in names() for stage in stages_of(name)} | set(KINDS) <= set(COSTS)
 
 
 def test_layers_kept_by_cost_are_planned_without_being_known(given: Path, tmp_path: Path) -> None:
