@@ -81,7 +81,7 @@ class LinearizedAttention(nn.Module):
         if call is None:
             call = Call(mask if mask is not None and mask.dim() == 2 else None)
         cos, sin = rope if rope is not None else (None, None)
-        raw_q, raw_k = (unnormed(self, part, x) for part, x in (("q", q), ("k", k)))
+        raw_q, raw_k = (None, None) if self.linearize.spec.far_norm else (unnormed(self, "q", q), unnormed(self, "k", k))
         inputs = Inputs(q, k, v, hidden, score, call.mask, call.segments, cos, sin, self.linearize_rope, raw_q, raw_k, call.places)
         if self.linearize_mode == "observe":
             target = self.linearize_softmax(inputs)

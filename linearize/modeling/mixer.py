@@ -32,6 +32,7 @@ from .storage import EIGHT, kept, opened, pair, rounded
 from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
 
+Fused = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]
 OWN = (torch.float32, torch.bfloat16)  # of a model whose steps a kernel takes
 
 
@@ -74,8 +75,10 @@ class Mixer(Leaving):
             place, after = None, None
             if state is not None and rows is None and inputs.q.shape[2] == 1:
                 place = (inputs.places or Places()).of(self.spec, state["count"])
-            if state is not None and place is not None and self._steps_in_one_pass(inputs, state):
-                return self._stepped(inputs, state, place, in_place)
+            if state is not None and place is not None:
+                given = self._fused(inputs, state)
+                if given is not None:
+                    return self._stepped(inputs, state, place, given, in_place)
             stream = self._stream(inputs, rows, state, place)
             if state is not None and place is not None:
                 halves, after = self._step(stream, state, inputs.score, place)
@@ -142,30 +145,30 @@ class Mixer(Leaving):
 
     # ---- one token ----
 
-    def _steps_in_one_pass(self, inputs: Inputs, state: State) -> bool:
-        """Whether a kernel takes the whole step, whatever it is rotated by."""
+    def _fused(self, inputs: Inputs, state: State) -> Fused | None:
+        """What a kernel that takes the whole step reads of this mixer, its maps and the terms of its far mass; None without one."""
         score, q = inputs.score, inputs.q
         if score.softcap is not None or score.null is not None or self.ablate is not None or not fuses(self.spec, self.shape):
-            return False
+            return None
         if q.dtype not in OWN or state["k"].dtype not in (*OWN, EIGHT) or not takes_step(q, inputs.k, inputs.v, dtype=q.dtype):
-            return False
-        return takes_step(*self._maps(), *self._terms())
+            return None
+        mass: Any = self.far_mass
+        maps, terms = self._maps(), mass.own()
+        return (maps, terms) if takes_step(*maps, *terms) else None
 
     def _maps(self) -> tuple[Tensor, Tensor]:
         """Weights of the features of queries and of keys."""
         maps: list[Any] = [self.map_q, self.map_k]
         return maps[0].weight, maps[1].weight
 
-    def _terms(self) -> tuple[Tensor | None, ...]:
-        return () if self.far_mass is None else self.far_mass.own()
-
-    def _stepped(self, inputs: Inputs, state: State, place: Place, in_place: bool) -> tuple[Tensor, State]:
-        """(B, 1, H, V) and the next state, by a kernel."""
+    def _stepped(self, inputs: Inputs, state: State, place: Place, given: Fused, in_place: bool) -> tuple[Tensor, State]:
+        """(B, 1, H, V) and the next state, by a kernel that is `given` what `_fused` says."""
         after: State = {**state, "count": place.after}
-        after |= {name: state[name].clone() for name in ("k", "v", "far_k", "far") if name in state and not in_place}
+        names = () if in_place else [name for name in ("k", "v", "far_k", "far") if name in state]
+        after |= {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
         held = after["k"], after["v"], after.get("far_k"), after["far"]
-        given = (inputs.q, inputs.k, inputs.v), *self._far_sources(inputs), place.count, held, self._maps(), self._terms()
-        return hybrid_step(*given, self.spec.window, inputs.score.scale * LOG2E), after
+        near, (far, rotation), scale = (inputs.q, inputs.k, inputs.v), self._far_sources(inputs), inputs.score.scale * LOG2E
+        return hybrid_step(near, far, rotation, place.count, held, *given, self.spec.window, scale), after
 
     def _far_sources(self, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
         """What the far half's queries and keys are made of, and the rotation (cos, sin) that is left to undo."""

@@ -29,6 +29,7 @@ SOURCES = Path(__file__).with_name("cpu")
 WIDTH = 16  # rows of numbers are filled up to a multiple of it; tiles.h
 F = TypeVar("F", bound=Callable[..., Any])
 OPERATORS: list[Callable[[], Any]] = []  # what makes each of them
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have numbers of its own
 FLAGS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 
 
@@ -82,16 +83,18 @@ def _build(load: Callable[..., Any], name: str, flag: str, path: Path) -> None:
 def takes(*tensors: Tensor | None, traced: bool = False, dtype: torch.dtype = torch.float32) -> bool:
     """Whether kernels compute a call with these tensors of a dtype; of a trace, those alone that it takes for operators: `traced`.
     ImportError where they must and cannot be built."""
-    backend, given, tracing = asked(), [x for x in tensors if x is not None], torch.compiler.is_compiling()
+    backend, tracing = asked(), torch.compiler.is_compiling()
     if backend not in ("auto", "native") or (tracing and not traced):
         return False
-    numbers = all(x.is_cpu and x.dtype == dtype and x.numel() for x in given)
-    plain = numbers and (tracing or all(type(x) in (Tensor, torch.nn.Parameter) for x in given))
-    if plain and library() is None and backend == "native":
+    for x in tensors:  # some hundred times a token: a generator each would take as long as the rest
+        if x is not None and (x.dtype != dtype or not x.is_cpu or not x.numel() or not (tracing or type(x) in PLAIN)):
+            return False
+    found = library()
+    if found is None and backend == "native":
         why = attempt()
         need = "LINEARIZE_BACKEND=native needs a C++ compiler with OpenMP and ninja, linearize's extra 'cpu'"
         raise ImportError(f"{need}: {shorten(str(why), 100)}") from (why if isinstance(why, Exception) else None)
-    return plain and library() is not None
+    return found is not None
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

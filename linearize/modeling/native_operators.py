@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -43,9 +43,7 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
     return found
 
 
-def feed_forward(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], scales: tuple[Tensor | None, Tensor | None, Tensor | None]
-) -> Tensor:
+def feed_forward(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Tensor:
     """down(silu(gate(x)) up(x)) of x (..., K) by weights (N, K), (N, K), (K, N), N a multiple of WIDTH; rounded after each step."""
     found: Tensor = _made("feed_forward")(x.contiguous(), *weights, *scales)
     return found

@@ -49,8 +49,10 @@ class OnePassGate(OnePass):
         if self.linearize_plain:
             return super().forward(x)
         parts = [own._modules[name] for name in GATED]
-        if all(map(_bare, parts)) and len(parts[0].weight) % WIDTH == 0 and takes_few(x, *(part.weight for part in parts)):
-            return feed_forward(x, *zip(*((part.weight, getattr(part, "scale", None)) for part in parts), strict=True))
+        if all(map(_bare, parts)):
+            weights = tuple(part.weight for part in parts)
+            if len(weights[0]) % WIDTH == 0 and takes_few(x, *weights):
+                return feed_forward(x, weights, tuple(getattr(part, "scale", None) for part in parts))
         if not takes_own(x):  # what gradients are wanted of, or is traced, stays as it was
             return super().forward(x)
         gate, up = own.gate_proj(x), own.up_proj(x)

@@ -119,7 +119,7 @@ def test_few_rows_through_a_gate(eighths: tuple[int, ...], dtype: torch.dtype) -
         for i in eighths:
             weights[i], scales[i] = torch.randint(-127, 128, weights[i].shape).to(torch.int8), torch.rand(len(weights[i])) / 127
         given, kept = x, [weight.clone() for weight in weights]
-        found = feed_forward(given, tuple(weights), tuple(scales))  # type: ignore[arg-type]
+        found = feed_forward(given, weights, scales)
         gate, up, down = zip(weights, scales, strict=True)
         inside = swiglu(matvec(x, gate[0], scale=gate[1]), matvec(x, up[0], scale=up[1]))
         assert torch.equal(found, matvec(inside, down[0], scale=down[1]))

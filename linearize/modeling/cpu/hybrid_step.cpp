@@ -24,7 +24,7 @@ template <class Form>
 struct Head {
   const HybridStep& s;
   Scratch& own;
-  const Index p, g, count, at, places, features, row;  // p: of all rows; at: the place that is taken; row: numbers of the memory's
+  const Index p, g, count, at, places, features, row;  // its number among all rows', the place that is taken, a row of the memory
   uint8_t *const k, *const v;
 
   Head(const HybridStep& step, Index problem, Scratch& scratch)

@@ -75,14 +75,15 @@ at::Tensor unturned(const at::Tensor& y, const at::Tensor& cos, const at::Tensor
   return x;
 }
 
-// One token of `Mixer` with the default's halves: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .) and what is held, which
-// changes in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
-at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q, const at::Tensor& far_k,
-                       const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& count,
+// One token of `Mixer` with the default's halves: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .) and what is held,
+// which changes in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
+at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q,
+                       const at::Tensor& far_k, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& count,
                        at::Tensor held_k, at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far,
                        const at::Tensor& weight_q, const at::Tensor& weight_k, const std::optional<at::Tensor>& slope,
                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& slant, int64_t window, double scale) {
-  for (const at::Tensor& x : {held_k, held_v, far, weight_q, weight_k}) TORCH_CHECK(x.is_contiguous(), "hybrid_step: contiguous tensors are needed");
+  for (const auto* x : {&held_k, &held_v, &far}) TORCH_CHECK(x->is_contiguous(), "hybrid_step: contiguous states are needed");
+  TORCH_CHECK(!held_far || held_far->is_contiguous(), "hybrid_step: contiguous states are needed");
   const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
   at::Tensor own_q = far_q.is_same(q) ? queries : wide(far_q), own_k = far_k.is_same(k) ? keys : wide(far_k);
   if (cos) own_q = unturned(own_q, wide(cos), wide(sin)), own_k = unturned(own_k, wide(cos), wide(sin));
@@ -90,7 +91,7 @@ at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   at::Tensor out = at::empty({batch, 1, q.size(1), width}, queries.options());
   take_step({numbers(queries), numbers(own_q), numbers(keys), numbers(values), numbers(own_k), counts.const_data_ptr<int64_t>(),
              held_k.mutable_data_ptr(), held_v.mutable_data_ptr(), held_far ? held_far->mutable_data_ptr<float>() : nullptr,
-             far.mutable_data_ptr(), numbers(weight_q), numbers(weight_k), numbers(wide(slope)), numbers(wide(bias)),
+             far.mutable_data_ptr(), numbers(wide(weight_q)), numbers(wide(weight_k)), numbers(wide(slope)), numbers(wide(bias)),
              numbers(wide(slant)), out.mutable_data_ptr<float>(), batch, groups, q.size(1) / groups, q.size(3), width,
              held_k.size(2) - window, window, weight_q.size(2), float(scale), int(8 * held_k.element_size()),
              far.scalar_type() == at::kBFloat16});
@@ -102,12 +103,14 @@ at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tenso
 TORCH_LIBRARY_FRAGMENT(linearize, m) {
   m.def("additive_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor state) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
   m.def(
-      "hybrid_step(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? cos, Tensor? sin, Tensor count, Tensor(a!) held_k, "
-      "Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, Tensor weight_k, Tensor? slope, Tensor? bias, "
-      "Tensor? slant, int window, float scale) -> Tensor",
+      "hybrid_step(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? cos, Tensor? sin, Tensor count, "
+      "Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, Tensor weight_k, "
+      "Tensor? slope, Tensor? bias, Tensor? slant, int window, float scale) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("matvec(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(linearize, CPU, m) {
