@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from linearize.errors import UsageError
+from linearize.modeling import native
 from linearize.modeling.modeling_linearized import ablated, mode
 from linearize.modeling.spec import MixerSpec
 from linearize.serving import compiled
@@ -34,7 +35,12 @@ def spec_of(method: str, **changes: Any) -> MixerSpec:
     return replace(next(p.spec for p in method_points() if p.id.startswith(method)), **changes)
 
 
-POINTS = {"default": spec_of("default"), "slots": spec_of("default", **SLOTS), "gated-deltanet": spec_of("gated-deltanet")}
+POINTS = {
+    "default": spec_of("default"),
+    "whole steps by a kernel": spec_of("default", feature_dim=native.WIDTH, far_rope=False, window=8),
+    "slots": spec_of("default", **SLOTS),
+    "gated-deltanet": spec_of("gated-deltanet"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
