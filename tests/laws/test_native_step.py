@@ -131,6 +131,18 @@ def test_rotations(texts: int, far_norm: bool, style: str, called: list[tuple[An
         assert (called[-1][2][0] is not None) == (far_norm and style == "half" and width == 32)
 
 
+def test_an_empty_memory_weighs_nothing() -> None:
+    """However much a full one would."""
+    mixer, other = both(DEFAULT)
+    for own in (mixer, other):
+        assert own.far_mass is not None
+        own.far_mass.bias.data.fill_(1e4)
+    inputs = tokens(20)
+    with torch.no_grad():
+        found, expected = run(mixer, inputs, [1] * 20)[0], run(other, widened(inputs), [1] * 20)[0]
+    assert deviation(found, expected) < 5e-5
+
+
 def test_rows_that_have_seen_other_numbers_of_tokens(called: list[tuple[Any, ...]]) -> None:
     mixer, other = both(replace(DEFAULT, window=16))
     inputs = tokens(60)
