@@ -120,8 +120,8 @@ class Shared(Alone):
     def apart(self, device: torch.device) -> AbstractContextManager[None]:
         return drawn(device, torch.initial_seed(), self.group.rank())
 
-    def student(self, mixer: Mixer, inputs: Inputs, state: Any = None, keep: bool = False) -> tuple[Tensor, None]:
-        """In place of a mixer's forward."""
+    def student(self, mixer: Mixer, inputs: Inputs, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """In place of a mixer's forward; there is no state."""
         return mix(mixer, inputs, self.part), None
 
     def softmax(self, inputs: Inputs) -> Tensor:
