@@ -14,7 +14,7 @@ import torch
 from linearize import text
 from linearize.conversion.calibration_text import CalibrationText, calibration_ids
 from linearize.conversion.convert import convert_in_memory, load_source
-from linearize.conversion.estimates import COSTS, START, forward_flops
+from linearize.conversion.estimates import COSTS, START, WITH_LOGITS, forward_flops
 from linearize.conversion.plan import plan_for
 from linearize.conversion.ranking import swap_costs
 from linearize.conversion.sources import resolve
@@ -49,7 +49,7 @@ def costs(method: str) -> dict[str, float]:
     found, rate = {}, matmul_rate(torch.float32, cpu)
 
     def note(kind: str, took: float, tokens: int) -> None:
-        found[kind] = took * rate / tokens / forward_flops(plan, logits=kind in ("lora", "rank"))
+        found[kind] = took * rate / tokens / forward_flops(plan, logits=kind in WITH_LOGITS)
 
     began = time.perf_counter()
     model, _ = convert_in_memory(base.eval(), plan, ids, 0, silent)

@@ -22,7 +22,8 @@ from linearize.methods.base import Stage
 from linearize.methods.layout import stages_of
 
 START, RANK, COMMON_LENGTH = "start", "rank", 1024
-# of one forward pass of the teacher over as many tokens, logits included in rank's and lora's; measured by recipes/stage_costs.py
+# of one forward pass of the teacher over as many tokens, logits included in rank's, lora's and long's, which is lora's; measured by
+# recipes/stage_costs.py
 COSTS = {RANK: 1.4, START: 4.0, "attention": 2.5, "lora": 4.5, "long": 4.5}
 WITH_LOGITS = (RANK, "lora", "long")
 MIXER_BYTES = 4  # a parameter: new ones are stored in fp32

@@ -18,7 +18,7 @@ from .gates import Projection
 from .leaving import Leaving, Queries, reads_stored
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
-from .native import differentiable, takes, takes_frozen
+from .native import OWN, differentiable, takes, takes_frozen
 from .native_hybrid import fuses, hybrid, hybrid_trained
 from .native_operators import hybrid_step, takes_step
 from .native_ops import merge
@@ -33,7 +33,6 @@ from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
 
 Fused = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]
-OWN = (torch.float32, torch.bfloat16)  # of a model whose steps a kernel takes
 
 
 class Mixer(Leaving):

@@ -29,6 +29,7 @@ SOURCES = Path(__file__).with_name("cpu")
 WIDTH = 16  # rows of numbers are filled up to a multiple of it; tiles.h
 F = TypeVar("F", bound=Callable[..., Any])
 OPERATORS: list[Callable[[], Any]] = []  # what makes each of them
+OWN = (torch.float32, torch.bfloat16)  # of a model whose own tensors kernels take
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have numbers of its own
 FLAGS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("linearize models need torch") from error
 
-from .native import OPERATORS, library, takes_frozen
+from .native import OPERATORS, OWN, library, takes_frozen
 
 FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers
@@ -25,7 +25,7 @@ SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without 
 
 def takes_few(x: Tensor, *weights: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a kernel makes x (..., K) W^T + b of weights (N, K) in x's dtype, or in int8; traces take it for an operator."""
-    if x.numel() > FEW * x.shape[-1] or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.numel() > FEW * x.shape[-1] or x.dtype not in OWN:
         return False
     if not all(weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() for weight in weights):
         return False

@@ -118,8 +118,8 @@ def test_few_rows_through_a_gate(eighths: tuple[int, ...], dtype: torch.dtype) -
         scales: list[Tensor | None] = [None] * 3
         for i in eighths:
             weights[i], scales[i] = torch.randint(-127, 128, weights[i].shape).to(torch.int8), torch.rand(len(weights[i])) / 127
-        given, kept = x, [weight.clone() for weight in weights]
-        found = feed_forward(given, weights, scales)
+        kept = [weight.clone() for weight in weights]
+        found = feed_forward(x, weights, scales)
         gate, up, down = zip(weights, scales, strict=True)
         inside = swiglu(matvec(x, gate[0], scale=gate[1]), matvec(x, up[0], scale=up[1]))
         assert torch.equal(found, matvec(inside, down[0], scale=down[1]))

@@ -182,7 +182,7 @@ def test_what_a_state_is_left_in(called: list[tuple[Any, ...]]) -> None:
 
 
 def test_what_pytorch_does(called: list[tuple[Any, ...]]) -> None:
-    """Softcaps, learned sinks, halves that are left out, gradients, and mixers that are not like the default."""
+    """Softcaps, learned sinks, halves that are left out, float16, gradients, and mixers that are not like the default."""
     inputs = tokens(10)
     scores = [Scores(0.2, 4.0), Scores(0.2, null=torch.zeros(4))]
     with torch.no_grad():
@@ -192,6 +192,8 @@ def test_what_pytorch_does(called: list[tuple[Any, ...]]) -> None:
         for half in ("far", "near"):
             mixer.ablate = half
             run(mixer, inputs, [1] * 10)
+        mixer.ablate = None
+        run(mixer, tokens(10, dtype=torch.float16), [1] * 10)
         others: list[dict[str, Any]] = [{"slots": 4, "slot_score": "norm"}, {"decay": "head"}, {"window_kind": "terraced"}]
         for changes in others:
             run(both(replace(DEFAULT, **changes))[0], inputs, [1] * 10)

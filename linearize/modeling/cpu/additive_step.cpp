@@ -21,10 +21,7 @@ void enter_and_read(const AdditiveStep& s) {
       const float decay = s.g ? std::exp(s.g[s.channelwise ? row : p]) : 1.0f;
       float* after = s.after + row * s.width;
       blend(after, decay, s.state + row * s.width, s.k[row], s.v + p * s.width, s.width);
-      for (Index r = 0; r < s.readers; r++) {
-        float* into = out + r * s.width;
-        blend(into, 1.0f, into, s.q[(p * s.readers + r) * s.keys + i], after, s.width);
-      }
+      for (Index r = 0; r < s.readers; r++) add(out + r * s.width, after, s.width, s.q[(p * s.readers + r) * s.keys + i]);
     }
   }
 }

@@ -12,13 +12,6 @@ struct Scratch {
   std::vector<float> keys, values, scores, phi, y, read, state, coded;
 };
 
-// into += a x
-inline void enter(float* into, float a, const float* x, Index size) {
-  Index j = 0;
-  for (; j + LANES <= size; j += LANES) store(into + j, load(into + j) + a * load(x + j));
-  for (; j < size; j++) into[j] += a * x[j];
-}
-
 // One kv head of one row, whose keys and values are stored in a Form.
 template <class Form>
 struct Head {
@@ -81,14 +74,14 @@ struct Head {
     for (Index r = 0; r < s.repeats; r++)
       soften(scores + r * wide, wide, [](Index) { return counted(0) >= 0; }, denominator + r, top + r);
     for (Index j = 0; j < places; j++)
-      for (Index r = 0; r < s.repeats; r++) enter(near + r * s.width, scores[r * wide + j], values + j * s.width, s.width);
+      for (Index r = 0; r < s.repeats; r++) add(near + r * s.width, values + j * s.width, s.width, scores[r * wide + j]);
   }
 
   // What leaves goes in, row by row of the memory, and queries' features (R, F) read: (R, V + 1).
   void remember(float* state, bool enters, const float* phi, const float* value, const float* queries, float* found) const {
     for (Index i = 0; i < features; i++, state += row) {
-      if (enters) enter(state, phi[i], value, s.width), state[s.width] += phi[i];
-      for (Index r = 0; r < s.repeats; r++) enter(found + r * row, queries[r * features + i], state, row);
+      if (enters) add(state, value, s.width, phi[i]), state[s.width] += phi[i];
+      for (Index r = 0; r < s.repeats; r++) add(found + r * row, state, row, queries[r * features + i]);
     }
   }
 

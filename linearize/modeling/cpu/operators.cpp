@@ -6,6 +6,7 @@
 #include "additive_step.h"
 #include "hybrid_step.h"
 #include "matvec.h"
+#include "rope.h"
 
 namespace {
 
@@ -15,10 +16,11 @@ at::Tensor wide(const std::optional<at::Tensor>& x) { return x ? x->to(at::kFloa
 const float* numbers(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
 // x (rows, K) W^T + b of weights (N, K) in x's dtype, or in int8 with a scale (N) each.
-struct Rows {
+struct FewRows {
   at::Tensor y, scales, added;
   Product product;
-  Rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& bias)
+  FewRows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
+          const std::optional<at::Tensor>& bias)
       : scales(wide(scale)), added(wide(bias)) {
     TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.dim() == 2 && x.size(-1) == weight.size(1),
                 "contiguous x (..., K) and weights (N, K) are needed");
@@ -33,7 +35,7 @@ struct Rows {
 
 at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scale,
                   const std::optional<at::Tensor>& bias) {
-  const Rows own(x, weight, scale, bias);
+  const FewRows own(x, weight, scale, bias);
   multiply(own.product);
   return own.y;
 }
@@ -42,7 +44,7 @@ at::Tensor matvec(const at::Tensor& x, const at::Tensor& weight, const std::opti
 at::Tensor feed_forward(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
                         const std::optional<at::Tensor>& gate_scale, const std::optional<at::Tensor>& up_scale,
                         const std::optional<at::Tensor>& down_scale) {
-  const Rows first(x, gate, gate_scale, {}), second(x, up, up_scale, {}), last(first.y, down, down_scale, {});
+  const FewRows first(x, gate, gate_scale, {}), second(x, up, up_scale, {}), last(first.y, down, down_scale, {});
   multiply(first.product, second.product, last.product);
   return last.y;
 }
@@ -59,19 +61,12 @@ std::tuple<at::Tensor, at::Tensor> additive_step(const at::Tensor& q, const at::
   return {out, after};
 }
 
-// x (B, h, 1, D), in float32, before y = x cos + rotate(x) sin of the first channels, W / 2 apart; cos, sin (B or 1, 1, W).
+// x (B, h, 1, D), in float32, before rope.cpp's rotation.
 at::Tensor unturned(const at::Tensor& y, const at::Tensor& cos, const at::Tensor& sin) {
-  const Index heads = y.size(1), dim = y.size(3), width = cos.size(-1), half = width / 2;
-  at::Tensor x = y.clone();
-  for (Index u = 0; u < y.size(0) * heads; u++) {
-    const Index shift = cos.size(0) == 1 ? 0 : u / heads * width;
-    const float *c = numbers(cos) + shift, *s = numbers(sin) + shift, *from = numbers(y) + u * dim;
-    float* into = x.mutable_data_ptr<float>() + u * dim;
-    for (Index j = 0, k = half; j < half; j++, k++) {
-      into[j] = (from[j] * c[j] + from[k] * s[j]) / (c[j] * c[j] + s[j] * s[j]);  // yarn scales cos and sin
-      into[k] = (from[k] * c[k] - from[j] * s[k]) / (c[k] * c[k] + s[k] * s[k]);
-    }
-  }
+  at::Tensor x = at::empty(y.sizes(), y.options());
+  const Index heads = y.size(1), dim = y.size(3), width = cos.size(-1);
+  rope(numbers(y), numbers(cos), numbers(sin), x.mutable_data_ptr<float>(), heads * dim, dim, dim, y.size(0), heads, 1, dim, width,
+       cos.size(0) == 1 ? 0 : width, INVERSE);
   return x;
 }
 

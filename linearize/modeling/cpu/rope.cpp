@@ -1,9 +1,9 @@
 // Rotary position embeddings of pairs of channels, W / 2 apart, undone too; and the transposed of both, which gradients take.
+#include "rope.h"
+
 #include "bf16.h"
 
 namespace {
-
-enum Kind { TRANSPOSED = 1, INVERSE = 2 };
 
 // One token's factors: y_1 = own_1 x_1 + other_1 x_2, y_2 = own_2 x_2 + other_2 x_1.
 struct Factors {

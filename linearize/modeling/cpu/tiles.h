@@ -191,7 +191,9 @@ inline void causal(float* a, Index start, Index rows, Index width) {
 }
 
 inline void add(float* into, const float* other, Index size, float factor = 1.0f) {
-  for (Index i = 0; i < size; i += LANES) store(into + i, load(into + i) + factor * load(other + i));
+  Index i = 0;
+  for (; i + LANES <= size; i += LANES) store(into + i, load(into + i) + factor * load(other + i));
+  for (; i < size; i++) into[i] += factor * other[i];
 }
 
 // Memory for so many numbers, kept from call to call.
