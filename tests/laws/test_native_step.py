@@ -192,8 +192,8 @@ def test_what_pytorch_does(called: list[tuple[Any, ...]]) -> None:
         for half in ("far", "near"):
             mixer.ablate = half
             run(mixer, inputs, [1] * 10)
-        mixer.ablate = None
-        run(mixer, tokens(10, dtype=torch.float16), [1] * 10)
+        for kv_dtype in ("model", "int8"):
+            run(both(replace(DEFAULT, kv_dtype=kv_dtype))[0], tokens(10, dtype=torch.float16), [1] * 10)
         others: list[dict[str, Any]] = [{"slots": 4, "slot_score": "norm"}, {"decay": "head"}, {"window_kind": "terraced"}]
         for changes in others:
             run(both(replace(DEFAULT, **changes))[0], inputs, [1] * 10)
