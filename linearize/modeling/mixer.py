@@ -33,6 +33,7 @@ from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
 
 Fused = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]
+Held = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 class Mixer(Leaving):
@@ -75,7 +76,9 @@ class Mixer(Leaving):
             if state is not None and rows is None and inputs.q.shape[2] == 1:
                 place = (inputs.places or Places()).of(self.spec, state["count"])
             if state is not None and place is not None:
-                given = self._fused(inputs, state)
+                given, dtype = None, inputs.q.dtype
+                if takes_step(inputs.q, inputs.k, inputs.v, dtype=dtype):
+                    given = self.fused(inputs.score, state, dtype)
                 if given is not None:
                     return self._stepped(inputs, state, place, given, in_place)
             stream = self._stream(inputs, rows, state, place)
@@ -144,12 +147,14 @@ class Mixer(Leaving):
 
     # ---- one token ----
 
-    def _fused(self, inputs: Inputs, state: State) -> Fused | None:
-        """What a kernel that takes the whole step reads of this mixer, its maps and the terms of its far mass; None without one."""
-        score, q = inputs.score, inputs.q
+    def fused(self, score: Scores, state: State, dtype: torch.dtype) -> Fused | None:
+        """What a kernel that takes the whole step reads of this mixer, its maps and the terms of its far mass; None without one.
+
+        `dtype` is the model's; whether the kernel takes the tensors that it is given is for who gives them to ask.
+        """
         if score.softcap is not None or score.null is not None or self.ablate is not None or not fuses(self.spec, self.shape):
             return None
-        if q.dtype not in OWN or state["k"].dtype not in (*OWN, EIGHT) or not takes_step(q, inputs.k, inputs.v, dtype=q.dtype):
+        if dtype not in OWN or state["k"].dtype not in (*OWN, EIGHT):
             return None
         mass: Any = self.far_mass
         maps, terms = self._maps(), mass.own()
@@ -160,12 +165,17 @@ class Mixer(Leaving):
         maps: list[Any] = [self.map_q, self.map_k]
         return maps[0].weight, maps[1].weight
 
-    def _stepped(self, inputs: Inputs, state: State, place: Place, given: Fused, in_place: bool) -> tuple[Tensor, State]:
-        """(B, 1, H, V) and the next state, by a kernel that is `given` what `_fused` says."""
+    @staticmethod
+    def moved(state: State, place: Place, in_place: bool) -> tuple[State, Held]:
+        """The state after a token that a kernel is yet to put in its place, and what of it the kernel writes to."""
         after: State = {**state, "count": place.after}
         names = () if in_place else [name for name in ("k", "v", "far_k", "far") if name in state]
         after |= {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
-        held = after["k"], after["v"], after.get("far_k"), after["far"]
+        return after, (after["k"], after["v"], after.get("far_k"), after["far"])
+
+    def _stepped(self, inputs: Inputs, state: State, place: Place, given: Fused, in_place: bool) -> tuple[Tensor, State]:
+        """(B, 1, H, V) and the next state, by a kernel that is `given` what `fused` says."""
+        after, held = self.moved(state, place, in_place)
         near, (far, rotation), scale = (inputs.q, inputs.k, inputs.v), self._far_sources(inputs), inputs.score.scale * LOG2E
         return hybrid_step(near, far, rotation, place.count, held, *given, self.spec.window, scale), after
 

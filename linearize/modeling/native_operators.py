@@ -14,22 +14,31 @@ except ImportError as error:
 
 from .native import OPERATORS, OWN, library, takes_frozen
 
+Layer = tuple[list[Tensor], list[float], list[Tensor], list[Tensor | None], list[Tensor | None]]
 FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers
     "matvec": lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], len(weight)),
     "additive_step": lambda q, k, v, g, state: (q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(state)),
     "feed_forward": lambda x, gate, up, down, *_: x.new_empty(*x.shape[:-1], len(down)),
+    "layer_step": lambda x, *_: torch.empty_like(x),
     "hybrid_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
 }
 
 
-def takes_few(x: Tensor, *weights: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether a kernel makes x (..., K) W^T + b of weights (N, K) in x's dtype, or in int8; traces take it for an operator."""
+def takes_few(x: Tensor, *weights: Tensor, others: Sequence[Tensor | None] = ()) -> bool:
+    """Whether a kernel makes x (..., K) W^T + b of weights (N, K) in x's dtype, or in int8; traces take it for an operator.
+
+    `others` are in x's dtype too: biases, and what else the kernel reads.
+    """
     if x.numel() > FEW * x.shape[-1] or x.dtype not in OWN:
         return False
-    if not all(weight.dtype in (x.dtype, torch.int8) and weight.is_contiguous() for weight in weights):
-        return False
-    return takes_step(x, bias, *(weight for weight in weights if weight.dtype != torch.int8), dtype=x.dtype)
+    own: list[Tensor | None] = [x, *others]
+    for weight in weights:
+        if not weight.is_contiguous():
+            return False
+        if weight.dtype != torch.int8:
+            own.append(weight)
+    return takes_step(*own, dtype=x.dtype)
 
 
 def takes_step(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
@@ -68,6 +77,21 @@ def hybrid_step(
     of queries' and keys' features; `terms` FarMass.own's; `scale` of scores of base 2.
     """
     found: Tensor = _made("hybrid_step")(*near, *far, *rotation, count, *held, *maps, *terms, window, scale)
+    return found
+
+
+def layer_step(
+    x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], undone: bool, count: Tensor,
+    held: tuple[Tensor, Tensor, Tensor | None, Tensor], maps: tuple[Tensor, Tensor], terms: tuple[Tensor | None, ...], window: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """One token through a decoder's layer around such a mixer: (B, 1, N) of x (B, 1, N), and `held` changes in place.
+
+    y = x + W_o step(q, k, v), q, k and v of norms[0](x); y + gate(norms[1](y)). `layer` norms with their epsilons, and weights of
+    q, k, v, o, gate, up and down with scales, where they are in 8 bits, and biases. Queries and keys turn by `rotation`, which the
+    far half takes `undone` or not. The rest is `hybrid_step`'s. Rounded where its parts round.
+    """
+    found: Tensor = _made("layer_step")(x.contiguous(), *layer, *rotation, undone, count, *held, *maps, *terms, window, scale)
     return found
 
 

@@ -65,15 +65,20 @@ class OnePassLinear(OnePass, nn.Linear):
     reads_few = True
 
     def forward(self, x: Tensor) -> Any:
-        if self.linearize_plain or not takes_few(x, self.weight, bias=self.bias):
+        if self.linearize_plain or not takes_few(x, self.weight, others=(self.bias,)):
             return super().forward(x)
         return matvec(x, self.weight, self.bias)
 
 
+def untouched(module: Any) -> bool:
+    """Whether a module is called as its class says, and nobody wants to know of its calls."""
+    own = module.__dict__
+    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
 def _bare(layer: Any) -> bool:
-    """Whether its weights are all there is to a linear layer: no bias, and nobody who wants to know of its calls."""
-    plain = getattr(layer, "reads_few", False) and layer.bias is None and "forward" not in vars(layer)
-    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether its weights are all there is to a linear layer."""
+    return getattr(layer, "reads_few", False) and layer.bias is None and untouched(layer)
 
 
 def in_one_pass(model: nn.Module) -> None:
@@ -94,7 +99,7 @@ def _in_one_pass(module: nn.Module) -> type[nn.Module]:
     if not isinstance(module, OnePass):
         for mixin, is_such in ((OnePassNorm, normalises), (OnePassGate, gates)):
             if is_such(module):
-                return _joined(type(module), mixin)
+                return joined(type(module), mixin)
     return type(module)
 
 
@@ -108,7 +113,7 @@ def normalises(module: nn.Module) -> bool:
     """Whether it computes w (x / sqrt(mean x^2 + eps)), the bracket in float32 and then rounded."""
     if list(module._parameters) != ["weight"] or module._modules or module._buffers or math.isnan(epsilon(module)):
         return False
-    return _answers(module, _norm_wanted, _with_weight)
+    return _answers(module, norm_wanted, with_weight)
 
 
 def gates(module: nn.Module) -> bool:
@@ -117,13 +122,13 @@ def gates(module: nn.Module) -> bool:
     if set(children) != {*GATED, "act_fn"} or module._parameters or module._buffers:
         return False
     linears = all(type(children[name]) in (nn.Linear, OnePassLinear) for name in GATED)
-    return linears and _answers(module, _gate_wanted, _with_products)
+    return linears and _answers(module, gate_wanted, with_products)
 
 
 # ---- asking ----
 
 
-def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
     """The same at every call, whatever the device that modules are being made on."""
     size = int(torch.Size(shape).numel())
     return torch.arange(size, dtype=torch.float64, device="cpu").mul_(1.7).sin_().mul_(2).to(dtype).view(shape)
@@ -134,7 +139,7 @@ def _answers(module: nn.Module, wanted: Any, prepared: Any) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         probe = copy.copy(module)
         prepared(probe, dtype)
-        x = _numbers(2, 3, PROBE, dtype=dtype)
+        x = numbers(2, 3, PROBE, dtype=dtype)
         try:
             with torch.no_grad():
                 found = probe.forward(x)
@@ -145,33 +150,42 @@ def _answers(module: nn.Module, wanted: Any, prepared: Any) -> bool:
     return True
 
 
-def _with_weight(probe: Any, dtype: torch.dtype) -> None:
-    probe._parameters = {"weight": nn.Parameter(_numbers(PROBE, dtype=dtype), requires_grad=False)}
+def with_weight(probe: Any, dtype: torch.dtype) -> None:
+    probe._parameters = {"weight": nn.Parameter(numbers(PROBE, dtype=dtype), requires_grad=False)}
 
 
-def _norm_wanted(probe: Any, x: Tensor) -> Tensor:
+def norm_wanted(probe: Any, x: Tensor) -> Tensor:
     wide = x.float()
     found: Tensor = probe.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon(probe))).to(x.dtype)
     return found
 
 
-def _with_products(probe: Any, dtype: torch.dtype) -> None:
+def with_products(probe: Any, dtype: torch.dtype) -> None:
     probe._modules = dict(probe._modules)
     for name, (out, into) in zip(GATED, ((2 * PROBE, PROBE), (2 * PROBE, PROBE), (PROBE, 2 * PROBE)), strict=True):
-        probe._modules[name] = layer = copy.copy(probe._modules[name])
-        layer._parameters = {"weight": nn.Parameter(_numbers(out, into, dtype=dtype), requires_grad=False), "bias": None}
+        probe._modules[name] = of_numbers(out, into, dtype=dtype)
 
 
-def _gate_wanted(probe: Any, x: Tensor) -> Tensor:
+def of_numbers(out: int, into: int, *, dtype: torch.dtype, biased: bool = False) -> nn.Linear:
+    """A linear layer with such weights."""
+    layer = nn.Linear(into, out, device="meta")
+    made = [numbers(out, into, dtype=dtype), numbers(out, dtype=dtype) if biased else None]
+    parameters = [None if x is None else nn.Parameter(x, requires_grad=False) for x in made]
+    layer._parameters = dict(zip(("weight", "bias"), parameters, strict=True))
+    return layer
+
+
+def gate_wanted(probe: Any, x: Tensor) -> Tensor:
     return linear(silu(linear(x, probe.gate_proj.weight)) * linear(x, probe.up_proj.weight), probe.down_proj.weight)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _joined(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass for a class of module, findable by name in this module so that it pickles."""
+def joined(base: type[nn.Module], mixin: type[nn.Module], named: str = "") -> type[nn.Module]:
+    """The one subclass for a class of module, findable by its qualified name in this module so that it pickles; `named` so."""
     if base not in _CLASSES:
-        made = type(f"OnePass{base.__name__}", (mixin, base), {"__module__": __name__})
-        _CLASSES[base] = globals()[made.__name__] = made
+        name = f"OnePass{base.__name__}"
+        made = type(named or name, (mixin, base), {"__module__": __name__, "__qualname__": name})
+        _CLASSES[base] = globals()[name] = made
     return _CLASSES[base]

@@ -29,6 +29,7 @@ from linearize.errors import ResourceError, UsageError
 from linearize.modeling import modeling_linearized
 from linearize.modeling.memory import RecurrentLayer, State, empty_state
 from linearize.modeling.native import operators, takes
+from linearize.modeling.one_layer import ask_layers
 from linearize.modeling.spec import MixerSpec
 from linearize.progress import Progress, silent
 
@@ -174,6 +175,7 @@ class CompiledStep:
 
     def _compile(self, model: Any, path: Path, report: Progress) -> None:
         report(TASK, 0, 1)
+        ask_layers(model)
         began = time.monotonic()
         with torch.no_grad(), warnings.catch_warnings(), _alone(model):
             warnings.simplefilter("ignore")

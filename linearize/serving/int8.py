@@ -39,7 +39,7 @@ class Int8Linear(nn.Module):
         self.bias: nn.Parameter | None = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_few(x, self.weight, bias=self.bias):
+        if takes_few(x, self.weight, others=(self.bias,)):
             return matvec(x, self.weight, self.bias, self.scale)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > FEW:

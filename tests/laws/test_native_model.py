@@ -109,7 +109,7 @@ def test_few_rows_times_a_matrix(depth: int, dtype: torch.dtype) -> None:
 
 @needs_kernels
 @BOTH
-@pytest.mark.parametrize("eighths", [(), (0, 1, 2), (2,)], ids=str)
+@pytest.mark.parametrize("eighths", [(), (0, 1, 2), (2,), (1,)], ids=str)
 def test_few_rows_through_a_gate(eighths: tuple[int, ...], dtype: torch.dtype) -> None:
     """To the bit what its three products and the gate between come to; some of the weights in 8 bits; idle threads."""
     for rows, width, inner in ((1, 7, 16), (2, 64, 48), (FEW, 40, 336), (1, 200, 400)):
@@ -189,7 +189,7 @@ def test_a_token_enters_a_memory_and_is_read_for(width: int, decays: int | None)
 def test_whose_rows_are_few() -> None:
     x, weight = torch.randn(1, FEW, 32), torch.randn(48, 32)
     assert takes_few(x, weight)
-    assert takes_few(x.bfloat16(), weight.bfloat16(), bias=torch.zeros(48).bfloat16())
+    assert takes_few(x.bfloat16(), weight.bfloat16(), others=(torch.zeros(48).bfloat16(),))
     assert takes_few(x, torch.zeros(48, 32, dtype=torch.int8))
     for own, other in (
         (torch.randn(1, FEW + 1, 32), weight), (x.half(), weight.half()), (x.double(), weight.double()), (x, weight.bfloat16()),

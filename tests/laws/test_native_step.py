@@ -85,7 +85,7 @@ def test_dtypes(dtype: torch.dtype, state_dtype: str, shape: Shape, called: list
     """A model's own dtype, a memory that is dithered to 16 bits, heads of any size: as PyTorch's steps on the same numbers."""
     mixer = both(replace(DEFAULT, state_dtype=state_dtype, feature_dim=32, far_rope=False), shape)[0]
     inputs, other = tokens(dtype=dtype, shape=shape), both(mixer.spec, shape)[0]
-    other._fused = lambda *_: None  # type: ignore[method-assign]
+    other.fused = lambda *_: None  # type: ignore[method-assign]
     sizes = [1] * TIME
     with torch.no_grad():
         (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, inputs, sizes)
@@ -99,7 +99,7 @@ def test_dtypes(dtype: torch.dtype, state_dtype: str, shape: Shape, called: list
 def test_a_memory_in_16_bits() -> None:
     """Dithered by the same bits as PyTorch's: but where sums differ in their last ones."""
     mixer, other = (both(replace(DEFAULT, state_dtype="bfloat16", window=16))[0] for _ in "ab")
-    other._fused = lambda *_: None  # type: ignore[method-assign]
+    other.fused = lambda *_: None  # type: ignore[method-assign]
     inputs = tokens(100)
     with torch.no_grad():
         state = mixer(part(inputs, 0, 99), keep=True)[1]

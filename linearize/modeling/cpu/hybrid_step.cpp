@@ -121,20 +121,16 @@ struct Head {
   }
 };
 
-template <class Form>
-void run(const HybridStep& s) {
-#pragma omp parallel if (s.batch * s.groups > FEW)
-  {
-    Scratch scratch;
-#pragma omp for
-    for (Index p = 0; p < s.batch * s.groups; p++) Head<Form>(s, p, scratch).run();
-  }
-}
-
 }  // namespace
 
+void take_head(const HybridStep& s, Index problem) {
+  static thread_local Scratch own;
+  if (s.bits == 8) Head<storage::Eight>(s, problem, own).run();
+  else if (s.bits == 16) Head<storage::Sixteen>(s, problem, own).run();
+  else Head<storage::Plain>(s, problem, own).run();
+}
+
 void take_step(const HybridStep& s) {
-  if (s.bits == 8) run<storage::Eight>(s);
-  else if (s.bits == 16) run<storage::Sixteen>(s);
-  else run<storage::Plain>(s);
+#pragma omp parallel for if (s.batch * s.groups > FEW)
+  for (Index p = 0; p < s.batch * s.groups; p++) take_head(s, p);
 }

@@ -19,3 +19,6 @@ struct HybridStep {
 };
 
 void take_step(const HybridStep& s);
+
+// One kv head of one row of it, of B G, in memory of this thread's own.
+void take_head(const HybridStep& s, Index problem);

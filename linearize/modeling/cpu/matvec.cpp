@@ -2,7 +2,6 @@
 #include "matvec.h"
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include "storage.h"
 
@@ -22,84 +21,85 @@ inline Vector load(const Eighth* x) {
 
 namespace {
 
-constexpr Index AHEAD = 4096;  // bytes that are asked for before they are needed: rows are longer than the processor looks ahead
+constexpr int STREAMS = 4;  // rows that are read at once, far from each other: one stream waits for memory wherever a page ends
 
 inline float single(float x) { return x; }
 inline float single(Eighth x) { return x.steps; }
 inline float single(Half x) { return storage::widen(x.bits); }
 
-// x . w in float32: four sums, so that none waits for the one before.
-template <class W>
-float along(const float* x, const W* w, Index depth) {
-  Vector sums[4] = {};
-  Index k = 0;
-  for (; k + 4 * LANES <= depth; k += 4 * LANES) {
-    for (size_t at = 0; at < 4 * LANES * sizeof(W); at += 64) _mm_prefetch(reinterpret_cast<const char*>(w + k) + AHEAD + at, _MM_HINT_T0);
-    for (Index i = 0; i < 4; i++) sums[i] += load(x + k + i * LANES) * load(w + k + i * LANES);
-  }
-  for (; k + LANES <= depth; k += LANES) sums[0] += load(x + k) * load(w + k);
-  float found = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; k < depth; k++) found += x[k] * single(w[k]);
-  return found;
-}
-
-// The same of two in bfloat16, by the processor's own products of pairs: exact ones, added up in float32.
-#ifdef __AVX512F__
-__attribute__((target("avx512bf16"))) float in_pairs(const Half* x, const Half* w, Index depth) {
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  const auto at = [](const Half* p) { return (__m512bh)_mm512_loadu_si512(p); };
-  Index k = 0;
-  for (; k + 64 <= depth; k += 64)
-    for (Index i = 0; i < 2; i++) sums[i] = _mm512_dpbf16_ps(sums[i], at(w + k + 32 * i), at(x + k + 32 * i));
-  float found = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-  for (; k < depth; k++) found += single(x[k]) * single(w[k]);
-  return found;
-}
-bool pairs() { return __builtin_cpu_supports("avx512bf16"); }
-#else
-float in_pairs(const Half*, const Half*, Index) { return 0; }
-bool pairs() { return false; }
-#endif
-
-template <class W, class X, class F>
-void rows_of(const Product& p, const X* x, const F& dot, Index from, Index to) {
-  const W* weight = static_cast<const W*>(p.weight);
-  for (Index n = from; n < to; n++)
-    for (Index m = 0; m < p.rows; m++) {
-      float found = dot(x + m * p.depth, weight + n * p.depth, p.depth);
-      found = (p.scale ? found * p.scale[n] : found) + (p.bias ? p.bias[n] : 0.0f);
-      if (!p.half) static_cast<float*>(p.y)[m * p.out + n] = found;
-      else static_cast<Half*>(p.y)[m * p.out + n].bits = storage::shorten(found);
+// x . w of so many rows of weights, `apart` numbers from each to the next: two sums a row, so that none waits for the one before.
+struct InFloat {
+  template <int ROWS, class W>
+  static void dot(const float* x, const W* w, Index depth, Index apart, float* found) {
+    Vector sums[ROWS][2] = {};
+    Index k = 0;
+    for (; k + 2 * LANES <= depth; k += 2 * LANES) {
+      const Vector first = load(x + k), second = load(x + k + LANES);
+      for (int i = 0; i < ROWS; i++) {
+        sums[i][0] += first * load(w + i * apart + k);
+        sums[i][1] += second * load(w + i * apart + k + LANES);
+      }
     }
-}
-
-bool paired(const Product& p) { return p.half && p.bits == 16 && pairs(); }
-
-// x as rows are multiplied: as it is, or in float32.
-const void* readable(const Product& p, std::vector<float>& held) {
-  if (!p.half || paired(p)) return p.x;
-  float* wide = room(held, p.rows * p.depth);
-  for (Index i = 0; i < p.rows * p.depth; i++) wide[i] = single(static_cast<const Half*>(p.x)[i]);
-  return wide;
-}
-
-void some(const Product& p, const void* x, Index from, Index to) {
-  const float* wide = static_cast<const float*>(x);
-  if (paired(p)) rows_of<Half>(p, static_cast<const Half*>(x), in_pairs, from, to);
-  else if (p.bits == 8) rows_of<Eighth>(p, wide, along<Eighth>, from, to);
-  else if (p.bits == 16) rows_of<Half>(p, wide, along<Half>, from, to);
-  else rows_of<float>(p, wide, along<float>, from, to);
-}
-
-// What this thread takes of so many, in whole steps.
-struct Share {
-  Index from, to;
-  explicit Share(Index size, Index step = 1) : from(part(size / step, 0) * step), to(part(size / step, 1) * step) {}
-  static Index part(Index steps, Index more) { return steps * (omp_get_thread_num() + more) / omp_get_num_threads(); }
+    for (int i = 0; i < ROWS; i++) {
+      const W* row = w + i * apart;
+      Index j = k;
+      for (; j + LANES <= depth; j += LANES) sums[i][0] += load(x + j) * load(row + j);
+      found[i] = sum(sums[i][0] + sums[i][1]);
+      for (; j < depth; j++) found[i] += x[j] * single(row[j]);
+    }
+  }
 };
 
+// The same of two in bfloat16, by the processor's own products of pairs: exact ones, added up in float32.
+struct InPairs {
+#ifdef __AVX512F__
+  template <int ROWS, class W>
+  __attribute__((target("avx512bf16"))) static void dot(const Half* x, const W* w, Index depth, Index apart, float* found) {
+    __m512 sums[ROWS][2] = {};
+    const auto at = [](const Half* p) { return (__m512bh)_mm512_loadu_si512(p); };
+    Index k = 0;
+    for (; k + 64 <= depth; k += 64) {
+      const __m512bh first = at(x + k), second = at(x + k + 32);
+      for (int i = 0; i < ROWS; i++) {
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], at(w + i * apart + k), first);
+        sums[i][1] = _mm512_dpbf16_ps(sums[i][1], at(w + i * apart + k + 32), second);
+      }
+    }
+    for (int i = 0; i < ROWS; i++) {
+      found[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
+      for (Index j = k; j < depth; j++) found[i] += single(x[j]) * single(w[i * apart + j]);
+    }
+  }
+  static bool known() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+  template <int ROWS, class W>
+  static void dot(const Half*, const W*, Index, Index, float*) {}
+  static bool known() { return false; }
+#endif
+};
+
+void keep(const Product& p, Index row, Index n, float found) {
+  found = (p.scale ? found * p.scale[n] : found) + (p.bias ? p.bias[n] : 0.0f);
+  if (!p.half) static_cast<float*>(p.y)[row * p.out + n] = found;
+  else static_cast<Half*>(p.y)[row * p.out + n].bits = storage::shorten(found);
+}
+
+template <class Dots, int ROWS, class W, class X>
+void some(const Product& p, const X* x, Index from, Index to) {
+  const Index each = (to - from) / ROWS;
+  float found[ROWS];
+  for (Index n = from; n < from + each; n++)
+    for (Index m = 0; m < p.rows; m++) {
+      Dots::template dot<ROWS>(x + m * p.depth, static_cast<const W*>(p.weight) + n * p.depth, p.depth, each * p.depth, found);
+      for (int i = 0; i < ROWS; i++) keep(p, m, n + i * each, found[i]);
+    }
+  if constexpr (ROWS > 1) some<Dots, 1, W>(p, x, from + each * ROWS, to);
+}
+
+bool paired(const Product& p) { return p.half && p.bits == 16 && InPairs::known(); }
+
 template <class T>
-void pass(const Product& gate, const Product& up, const Share& own) {
+void let_through(const Product& gate, const Product& up, const Share& own) {
   for (Index m = 0; m < gate.rows; m++) {
     T *into = static_cast<T*>(gate.y) + m * gate.out, *by = static_cast<T*>(up.y) + m * up.out;
     for (Index n = own.from; n < own.to; n += LANES) store(into + n, gated<T>(load(into + n), load(by + n)));
@@ -108,29 +108,45 @@ void pass(const Product& gate, const Product& up, const Share& own) {
 
 }  // namespace
 
+const void* readable(const Product& p, std::vector<float>& held) {
+  if (!p.half || paired(p)) return p.x;
+  float* wide = room(held, p.rows * p.depth);
+  for (Index i = 0; i < p.rows * p.depth; i++) wide[i] = single(static_cast<const Half*>(p.x)[i]);
+  return wide;
+}
+
+void multiply(const Product& p, const void* x, const Share& own) {
+  const float* wide = static_cast<const float*>(x);
+  if (paired(p)) some<InPairs, STREAMS, Half>(p, static_cast<const Half*>(x), own.from, own.to);
+  else if (p.bits == 8) some<InFloat, STREAMS, Eighth>(p, wide, own.from, own.to);
+  else if (p.bits == 16) some<InFloat, STREAMS, Half>(p, wide, own.from, own.to);
+  else some<InFloat, STREAMS, float>(p, wide, own.from, own.to);
+}
+
+void pass(const Product& gate, const Product& up, const Share& own) {
+  gate.half ? let_through<Half>(gate, up, own) : let_through<float>(gate, up, own);
+}
+
 void multiply(const Product& p) {
   static thread_local std::vector<float> wide;
   const void* x = readable(p, wide);
 #pragma omp parallel if (p.out * p.depth > 1 << 14)
-  {
-    const Share own(p.out);
-    some(p, x, own.from, own.to);
-  }
+  multiply(p, x, Share(p.out));
 }
 
 void multiply(const Product& gate, const Product& up, const Product& down) {
-  static thread_local std::vector<float> wide, inner;
-  const void *x = readable(gate, wide), *between = nullptr;
+  static thread_local std::vector<float> wide, wider, inner;
+  const void *x = readable(gate, wide), *again = readable(up, wider), *between = nullptr;
   std::vector<float>& held = inner;  // of the caller
 #pragma omp parallel if (gate.out * gate.depth > 1 << 14)
   {
-    const Share own(gate.out, WIDTH), last(down.out);
-    some(gate, x, own.from, own.to);
-    some(up, x, own.from, own.to);
-    gate.half ? pass<Half>(gate, up, own) : pass<float>(gate, up, own);
+    const Share own(gate.out, WIDTH);
+    multiply(gate, x, own);
+    multiply(up, again, own);
+    pass(gate, up, own);
 #pragma omp barrier
 #pragma omp single
     between = readable(down, held);
-    some(down, between, last.from, last.to);
+    multiply(down, between, Share(down.out));
   }
 }

@@ -1,5 +1,7 @@
 // A few rows times a matrix whose rows are weights: it is read once, at the speed of memory.
 #pragma once
+#include <omp.h>
+
 #include "bf16.h"
 
 struct Product {
@@ -11,7 +13,19 @@ struct Product {
   int bits;   // of a weight: 8, 16 or 32
 };
 
+// What this thread takes of so many, in whole steps.
+struct Share {
+  Index from, to;
+  explicit Share(Index size, Index step = 1) : from(part(size / step, 0) * step), to(part(size / step, 1) * step) {}
+  static Index part(Index steps, Index more) { return steps * (omp_get_thread_num() + more) / omp_get_num_threads(); }
+};
+
 void multiply(const Product& p);
+
+// Of a team: x as these rows are multiplied, as it is or in float32; some rows of weights; what a gate lets through of `up`.
+const void* readable(const Product& p, std::vector<float>& held);
+void multiply(const Product& p, const void* readable, const Share& own);
+void pass(const Product& gate, const Product& up, const Share& own);
 
 // down(silu(gate(x)) up(x)), each rounded as the output is: y of `gate` holds what `down` takes.
 void multiply(const Product& gate, const Product& up, const Product& down);

@@ -5,6 +5,7 @@
 
 #include "additive_step.h"
 #include "hybrid_step.h"
+#include "layer_step.h"
 #include "matvec.h"
 #include "rope.h"
 
@@ -70,6 +71,11 @@ at::Tensor unturned(const at::Tensor& y, const at::Tensor& cos, const at::Tensor
   return x;
 }
 
+void check_states(const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& held_far, const at::Tensor& far) {
+  for (const auto* x : {&k, &v, &far}) TORCH_CHECK(x->is_contiguous(), "contiguous states are needed");
+  TORCH_CHECK(!held_far || held_far->is_contiguous(), "contiguous states are needed");
+}
+
 // One token of `Mixer` with the default's halves: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .) and what is held,
 // which changes in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
 at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q,
@@ -77,8 +83,7 @@ at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tenso
                        at::Tensor held_k, at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far,
                        const at::Tensor& weight_q, const at::Tensor& weight_k, const std::optional<at::Tensor>& slope,
                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& slant, int64_t window, double scale) {
-  for (const auto* x : {&held_k, &held_v, &far}) TORCH_CHECK(x->is_contiguous(), "hybrid_step: contiguous states are needed");
-  TORCH_CHECK(!held_far || held_far->is_contiguous(), "hybrid_step: contiguous states are needed");
+  check_states(held_k, held_v, held_far, far);
   const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
   at::Tensor own_q = far_q.is_same(q) ? queries : wide(far_q), own_k = far_k.is_same(k) ? keys : wide(far_k);
   if (cos) own_q = unturned(own_q, wide(cos), wide(sin)), own_k = unturned(own_k, wide(cos), wide(sin));
@@ -91,6 +96,39 @@ at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tenso
              held_k.size(2) - window, window, weight_q.size(2), float(scale), int(8 * held_k.element_size()),
              far.scalar_type() == at::kBFloat16});
   return out.to(q.scalar_type());
+}
+
+// A layer around it, of x (B, 1, N): norms, weights of q, k, v, o, gate, up and down with scales and biases, and the rotation
+// (B or 1, 1, W) of queries and keys, which the far half takes `undone` or not.
+at::Tensor layer_step(const at::Tensor& x, at::TensorList norms, at::ArrayRef<double> eps, at::TensorList weights,
+                      const c10::List<std::optional<at::Tensor>>& scales, const c10::List<std::optional<at::Tensor>>& biases,
+                      const at::Tensor& cos, const at::Tensor& sin, bool undone, const at::Tensor& count, at::Tensor held_k,
+                      at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far, const at::Tensor& weight_q,
+                      const at::Tensor& weight_k, const std::optional<at::Tensor>& slope, const std::optional<at::Tensor>& bias,
+                      const std::optional<at::Tensor>& slant, int64_t window, double scale) {
+  check_states(held_k, held_v, held_far, far);
+  std::vector<at::Tensor> kept;
+  const auto product = [&](int i) {
+    const at::Tensor &w = weights[i], &by = kept.emplace_back(wide(scales[i])), &more = kept.emplace_back(wide(biases[i]));
+    TORCH_CHECK(w.is_contiguous(), "layer_step: contiguous weights are needed");
+    return Product{nullptr, w.const_data_ptr(), numbers(by), numbers(more), nullptr, x.size(0), w.size(0), w.size(1),
+                   x.scalar_type() == at::kBFloat16, int(8 * w.element_size())};
+  };
+  kept.reserve(2 * weights.size() + 8);
+  const auto floats = [&](const std::optional<at::Tensor>& x) { return numbers(kept.emplace_back(wide(x))); };
+  const at::Tensor counts = count.expand({x.size(0)}).contiguous(), own_cos = cos.contiguous(), own_sin = sin.contiguous();
+  const Index groups = held_k.size(1), width = far.size(3) - 1, dim = weight_q.size(1);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  LayerStep step{x.const_data_ptr(), y.mutable_data_ptr(), {norms[0].const_data_ptr(), norms[1].const_data_ptr()},
+                 {float(eps[0]), float(eps[1])}, product(0), product(1), product(2), product(3), product(4), product(5), product(6),
+                 {nullptr, nullptr, nullptr, nullptr, nullptr, counts.const_data_ptr<int64_t>(), held_k.mutable_data_ptr(),
+                  held_v.mutable_data_ptr(), held_far ? held_far->mutable_data_ptr<float>() : nullptr, far.mutable_data_ptr(),
+                  floats(weight_q), floats(weight_k), floats(slope), floats(bias), floats(slant), nullptr, x.size(0), groups,
+                  weights[0].size(0) / dim / groups, dim, width, held_k.size(2) - window, window, weight_q.size(2), float(scale),
+                  int(8 * held_k.element_size()), far.scalar_type() == at::kBFloat16},
+                 own_cos.const_data_ptr(), own_sin.const_data_ptr(), own_cos.size(-1), own_cos.size(0) == 1 ? 0 : own_cos.size(-1), undone};
+  take_layer(step);
+  return y;
 }
 
 }  // namespace
@@ -106,11 +144,17 @@ TORCH_LIBRARY_FRAGMENT(linearize, m) {
       "feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "layer_step(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor cos, Tensor sin, "
+      "bool undone, Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, "
+      "Tensor weight_k, Tensor? slope, Tensor? bias, Tensor? slant, int window, float scale) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("matvec(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(linearize, CPU, m) {
   m.impl("feed_forward", feed_forward);
   m.impl("hybrid_step", hybrid_step);
+  m.impl("layer_step", layer_step);
   m.impl("matvec", matvec);
   m.impl("additive_step", additive_step);
 }
