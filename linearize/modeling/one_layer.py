@@ -93,6 +93,8 @@ def _made_so(layer: Any, attention: Any) -> bool:
 
 def _stepped(layer: Any, x: Tensor, options: dict[str, Any]) -> Tensor | None:
     """What the layer makes of one token of each row, by the kernel; None where the layer itself has to."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
     attention: Any = layer._modules["self_attn"]
     cache, rope = options.get(attention.linearize_cache), options.get("position_embeddings")
     call: Call | None = options.get("linearize_call", attention.linearize_call)
@@ -131,7 +133,8 @@ def _read(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Layer | None:
     linears = [*(attention[name] for name in PROJECTIONS), *(gate[name] for name in GATED)]
     if not all(map(untouched, (parts["self_attn"], parts["mlp"], attention["linearize"], *norms, *linears))):
         return None
-    if not (cos.dim() == 3 and len(cos) in (1, len(x)) and cos.shape[-1] % (2 * WIDTH) == 0):
+    turning, most = cos.shape[-1], attention["linearize"].shape.head_dim
+    if cos.dim() != 3 or len(cos) not in (1, len(x)) or cos.shape != sin.shape or turning % (2 * WIDTH) or turning > most:
         return None
     if not all(getattr(one, "reads_few", False) for one in linears):
         return None

@@ -104,11 +104,20 @@ def test_a_layer_is_its_parts(
         same(found, by_parts(monkeypatch, model, ids, first))
 
 
-def test_wide_layers_are_shared_by_threads(called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(hidden_size=192, intermediate_size=272, num_attention_heads=6, num_key_value_heads=3, dtype=torch.bfloat16)
-    found = read(model, texts(1, 12), 2)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_wide_layers_are_shared_by_threads(threads: int, called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, none begins before what it reads is there."""
+    sizes = {"hidden_size": 192, "intermediate_size": 272, "num_attention_heads": 6, "num_key_value_heads": 3, "mlp_bias": True}
+    model = model_of(dtype=torch.bfloat16, **sizes)
+    expected = by_parts(monkeypatch, model, texts(1, 12), 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = read(model, texts(1, 12), 2)
+    finally:
+        torch.set_num_threads(before)
     assert len(called) == LAYERS * 10
-    same(found, by_parts(monkeypatch, model, texts(1, 12), 2))
+    same(found, expected)
 
 
 def test_rows_of_their_own_lengths(called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
