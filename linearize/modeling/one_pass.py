@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache
 from typing import Any
 
 try:
@@ -168,11 +169,18 @@ def with_products(probe: Any, dtype: torch.dtype) -> None:
 
 def of_numbers(out: int, into: int, *, dtype: torch.dtype, biased: bool = False) -> nn.Linear:
     """A linear layer with such weights."""
-    layer = nn.Linear(into, out, device="meta")
+    layer = copy.copy(_empty())
+    layer.in_features, layer.out_features = into, out
     made = [numbers(out, into, dtype=dtype), numbers(out, dtype=dtype) if biased else None]
     parameters = [None if x is None else nn.Parameter(x, requires_grad=False) for x in made]
     layer._parameters = dict(zip(("weight", "bias"), parameters, strict=True))
     return layer
+
+
+@cache
+def _empty() -> nn.Linear:
+    """A linear layer is made once: its first weights would take as long as all that is asked."""
+    return nn.Linear(1, 1, device="meta")
 
 
 def gate_wanted(probe: Any, x: Tensor) -> Tensor:
