@@ -18,22 +18,19 @@ from .gates import Projection
 from .leaving import Leaving, Queries, reads_stored
 from .memory import State, chronological, empty_state, exact, fill_sinks, parts, refill, stored, whole
 from .merge import Merge
-from .native import OWN, differentiable, takes, takes_frozen
+from .native import differentiable, takes, takes_frozen
 from .native_hybrid import fuses, hybrid, hybrid_trained
-from .native_operators import hybrid_step, takes_step
 from .native_ops import merge
+from .one_step import stepped
 from .places import Place, Places
 from .products import LOG2E, without_autocast
-from .rope import in_halves, unrotate
+from .rope import unrotate
 from .rows import Rows, make_rows
 from .slots import Tokens
 from .spec import MixerSpec, Shape
 from .storage import EIGHT, kept, opened, pair, rounded
 from .stream import Halves, Inputs, Stream
 from .window import Part, Scores, entered, near_chunked, near_step, received_step, with_attention, with_null
-
-Fused = tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]
-Held = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 class Mixer(Leaving):
@@ -76,11 +73,9 @@ class Mixer(Leaving):
             if state is not None and rows is None and inputs.q.shape[2] == 1:
                 place = (inputs.places or Places()).of(self.spec, state["count"])
             if state is not None and place is not None:
-                given, dtype = None, inputs.q.dtype
-                if takes_step(inputs.q, inputs.k, inputs.v, dtype=dtype):
-                    given = self.fused(inputs.score, state, dtype)
-                if given is not None:
-                    return self._stepped(inputs, state, place, given, in_place)
+                done = self.by_kernel(inputs, state, place, in_place)
+                if done is not None:
+                    return done
             stream = self._stream(inputs, rows, state, place)
             if state is not None and place is not None:
                 halves, after = self._step(stream, state, inputs.score, place)
@@ -93,10 +88,6 @@ class Mixer(Leaving):
             return out.transpose(1, 2).to(inputs.q.dtype), after
 
     # ---- inputs ----
-
-    def _plain(self, x: Tensor, raw: Tensor | None, inputs: Inputs) -> Tensor:
-        """Queries or keys without RoPE, and without the layer's own norm where the far half takes them so."""
-        return unrotate(x, inputs.cos, inputs.sin, inputs.rope) if self.spec.far_norm or raw is None else raw.to(x.dtype)
 
     def _stream(self, inputs: Inputs, rows: Rows | None, state: State | None, place: Place | None = None) -> Stream:
         spec, dtype = self.spec, torch.promote_types(inputs.q.dtype, torch.float32)
@@ -116,9 +107,9 @@ class Mixer(Leaving):
         far_q, far_k, far_v, conv, past = q, k, v, {}, state or {}
         plain_k = k
         if not spec.far_rope or spec.decay == "key":
-            plain_k = take(self._plain(inputs.k.to(dtype), inputs.raw_k, inputs))
+            plain_k = take(self.plain(inputs.k.to(dtype), inputs.raw_k, inputs))
         if not spec.far_rope:
-            far_q, far_k = take(self._plain(inputs.q.to(dtype), inputs.raw_q, inputs)), plain_k
+            far_q, far_k = take(self.plain(inputs.q.to(dtype), inputs.raw_q, inputs)), plain_k
         if self.conv_q is not None and self.conv_k is not None:
             far_q, conv["conv_q"] = self.conv_q(far_q, past.get("conv_q"), lengths)
             far_k, conv["conv_k"] = self.conv_k(far_k, past.get("conv_k"), lengths)
@@ -147,47 +138,18 @@ class Mixer(Leaving):
 
     # ---- one token ----
 
-    def fused(self, score: Scores, state: State, dtype: torch.dtype) -> Fused | None:
-        """What a kernel that takes the whole step reads of this mixer, its maps and the terms of its far mass; None without one.
+    def by_kernel(self, inputs: Inputs, state: State, place: Place, in_place: bool) -> tuple[Tensor, State] | None:
+        """(B, 1, H, V) and the next state, where one kernel takes the whole step."""
+        return stepped(self, inputs, state, place, in_place)
 
-        `dtype` is the model's; whether the kernel takes the tensors that it is given is for who gives them to ask.
-        """
-        if score.softcap is not None or score.null is not None or self.ablate is not None or not fuses(self.spec, self.shape):
-            return None
-        if dtype not in OWN or state["k"].dtype not in (*OWN, EIGHT):
-            return None
-        mass: Any = self.far_mass
-        maps, terms = self._maps(), mass.own()
-        return (maps, terms) if takes_step(*maps, *terms) else None
-
-    def _maps(self) -> tuple[Tensor, Tensor]:
+    def maps(self) -> tuple[Tensor, Tensor]:
         """Weights of the features of queries and of keys."""
         maps: list[Any] = [self.map_q, self.map_k]
         return maps[0].weight, maps[1].weight
 
-    @staticmethod
-    def moved(state: State, place: Place, in_place: bool) -> tuple[State, Held]:
-        """The state after a token that a kernel is yet to put in its place, and what of it the kernel writes to."""
-        after: State = {**state, "count": place.after}
-        names = () if in_place else [name for name in ("k", "v", "far_k", "far") if name in state]
-        after |= {name: state[name].clone(memory_format=torch.contiguous_format) for name in names}
-        return after, (after["k"], after["v"], after.get("far_k"), after["far"])
-
-    def _stepped(self, inputs: Inputs, state: State, place: Place, given: Fused, in_place: bool) -> tuple[Tensor, State]:
-        """(B, 1, H, V) and the next state, by a kernel that is `given` what `fused` says."""
-        after, held = self.moved(state, place, in_place)
-        near, (far, rotation), scale = (inputs.q, inputs.k, inputs.v), self._far_sources(inputs), inputs.score.scale * LOG2E
-        return hybrid_step(near, far, rotation, place.count, held, *given, self.spec.window, scale), after
-
-    def _far_sources(self, inputs: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-        """What the far half's queries and keys are made of, and the rotation (cos, sin) that is left to undo."""
-        q, k, cos, sin = inputs.q, inputs.k, inputs.cos, inputs.sin
-        if self.spec.far_rope:
-            return (q, k), (None, None)
-        normed = self.spec.far_norm or inputs.raw_q is None
-        if normed and inputs.rope == "half" and cos is not None and sin is not None and in_halves(q, cos, sin):
-            return (q, k), (cos, sin)
-        return (self._plain(q.float(), inputs.raw_q, inputs), self._plain(k.float(), inputs.raw_k, inputs)), (None, None)
+    def plain(self, x: Tensor, raw: Tensor | None, inputs: Inputs) -> Tensor:
+        """Queries or keys without RoPE, and without the layer's own norm where the far half takes them so."""
+        return unrotate(x, inputs.cos, inputs.sin, inputs.rope) if self.spec.far_norm or raw is None else raw.to(x.dtype)
 
     def _step(self, s: Stream, state: State, score: Scores, place: Place) -> tuple[Halves, State]:
         spec, queries = self.spec, self._queries(s, score)
@@ -272,7 +234,7 @@ class Mixer(Leaving):
         plain = s.lengths is None and score.softcap is None and score.null is None and self.ablate is None
         if not plain or not fuses(self.spec, self.shape):
             return ()
-        return s.q, s.k, s.v, s.far_q, s.far_k, *self._maps()
+        return s.q, s.k, s.v, s.far_q, s.far_k, *self.maps()
 
     def _in_one_pass(self, s: Stream, score: Scores) -> bool:
         """Whether a kernel makes both halves of a call at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from copy import copy
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -26,10 +27,26 @@ from .spec import MixerSpec, Shape
 @cache
 def fuses(spec: MixerSpec, shape: Shape) -> bool:
     """Whether these compute this mixer: the default but for its sizes, and what it keeps in which precision."""
+    return like_default(spec) and (spec.feature_dim or shape.head_dim) % WIDTH == 0
+
+
+def like_default(spec: MixerSpec) -> bool:
     free = ("window", "sinks", "feature_dim", "far_mass", "far_rope", "far_norm", "kv_dtype", "state_dtype")
     own = {name: getattr(spec, name) for name in free}
-    default = MixerSpec(feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", **own)
-    return spec == default and (spec.feature_dim or shape.head_dim) % WIDTH == 0
+    return spec == MixerSpec(feature_map="hedgehog", share_kv=True, merge="denominator", coverage="older", **own)
+
+
+@cache
+def steps(spec: MixerSpec) -> bool:
+    """Whether one kernel takes a token through this mixer: a window alone or the default, with slots between that go by attention,
+    and that hold the keys which the memory takes."""
+    free = ("slots", "more_slots", "more_heads", "slot_score", "slot_target", "slot_fade", "slot_dtype")
+    fields = MixerSpec()
+    plain = replace(spec, **{name: getattr(fields, name) for name in free})
+    if spec.slots and (not spec.far_rope or spec.slot_score not in ("attention", "learned")):
+        return False
+    alone = replace(plain.near_only(), state_dtype=spec.state_dtype)
+    return bool(spec.window) and spec.window_kind == "sliding" and (plain == alone or like_default(plain))
 
 
 # ---- without gradients ----

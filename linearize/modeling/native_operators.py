@@ -15,11 +15,13 @@ except ImportError as error:
 from .native import OPERATORS, OWN, library, takes_frozen
 
 Layer = tuple[list[Tensor], list[float], list[Tensor], list[Tensor | None], list[Tensor | None]]
+HELD = ("k", "v", "far", "scores", "slot_k", "slot_v", "slot_score", "more_k", "more_v", "more_score")  # of a state
 FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers
     "matvec": lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], len(weight)),
     "additive_step": lambda q, k, v, g, state: (q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(state)),
     "feed_forward": lambda x, gate, up, down, *_: x.new_empty(*x.shape[:-1], len(down)),
+    "slots_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
     "layer_step": lambda x, *_: torch.empty_like(x),
     "hybrid_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
 }
@@ -77,6 +79,19 @@ def hybrid_step(
     of queries' and keys' features; `terms` FarMass.own's; `scale` of scores of base 2.
     """
     found: Tensor = _made("hybrid_step")(*near, *far, *rotation, count, *held, *maps, *terms, window, scale)
+    return found
+
+
+def slots_step(
+    near: tuple[Tensor, Tensor, Tensor], count: Tensor, held: Sequence[Tensor | None], maps: Sequence[Tensor | None],
+    terms: Sequence[Tensor | None], learned: Sequence[Tensor | None], more_of: Sequence[int], window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """The same of a window alone, or with slots behind it, with a memory or without: `held` as `HELD` names it, None what is not.
+
+    `learned` what is known of the new token (B, G, 1, 1) and factors (G, 2) of log attention and its square, None where attention
+    itself is a score; `more_of` (G) which of the heads that have further slots each is, or -1.
+    """
+    found: Tensor = _made("slots_step")(*near, count, *held, *maps, *terms, *learned, more_of, window, scale)
     return found
 
 

@@ -1,4 +1,5 @@
-"""The kernel for one token of a mixer like the default: outputs and states of steps are those of PyTorch in float64."""
+"""Kernels for one token of a mixer like the default, and of windows with slots: outputs and states of steps are those of PyTorch in
+float64."""
 
 from __future__ import annotations
 
@@ -9,8 +10,7 @@ import pytest
 import torch
 from called_kernels import DEFAULT, both_halves, needs_kernels, recorded, widened
 
-from linearize.modeling import mixer as mixer_module
-from linearize.modeling import native_operators
+from linearize.modeling import native_operators, one_step
 from linearize.modeling.memory import State
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.spec import MixerSpec, Shape
@@ -30,13 +30,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the kernel was given, call by call."""
     recorded(monkeypatch)
     calls: list[tuple[Any, ...]] = []
-    step = mixer_module.hybrid_step
-
-    def counted(*given: Any) -> Any:
-        calls.append(given)
-        return step(*given)
-
-    monkeypatch.setattr(mixer_module, "hybrid_step", counted)
+    for name in ("hybrid_step", "slots_step"):
+        step = getattr(one_step, name)
+        monkeypatch.setattr(one_step, name, lambda *given, step=step: (calls.append(given), step(*given))[1])
     return calls
 
 
@@ -85,7 +81,7 @@ def test_dtypes(dtype: torch.dtype, state_dtype: str, shape: Shape, called: list
     """A model's own dtype, a memory that is dithered to 16 bits, heads of any size: as PyTorch's steps on the same numbers."""
     mixer = both(replace(DEFAULT, state_dtype=state_dtype, feature_dim=32, far_rope=False), shape)[0]
     inputs, other = tokens(dtype=dtype, shape=shape), both(mixer.spec, shape)[0]
-    other.fused = lambda *_: None  # type: ignore[method-assign]
+    other.by_kernel = lambda *_: None  # type: ignore[method-assign]
     sizes = [1] * TIME
     with torch.no_grad():
         (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, inputs, sizes)
@@ -99,7 +95,7 @@ def test_dtypes(dtype: torch.dtype, state_dtype: str, shape: Shape, called: list
 def test_a_memory_in_16_bits() -> None:
     """Dithered by the same bits as PyTorch's: but where sums differ in their last ones."""
     mixer, other = (both(replace(DEFAULT, state_dtype="bfloat16", window=16))[0] for _ in "ab")
-    other.fused = lambda *_: None  # type: ignore[method-assign]
+    other.by_kernel = lambda *_: None  # type: ignore[method-assign]
     inputs = tokens(100)
     with torch.no_grad():
         state = mixer(part(inputs, 0, 99), keep=True)[1]
@@ -198,4 +194,137 @@ def test_what_pytorch_does(called: list[tuple[Any, ...]]) -> None:
         for changes in others:
             run(both(replace(DEFAULT, **changes))[0], inputs, [1] * 10)
     run(both(DEFAULT)[0], inputs, [1] * 10)
+    assert not called
+
+
+# ---- windows with slots ----
+
+WINDOW = replace(DEFAULT.near_only(), window=8, sinks=2)
+BEHIND = replace(DEFAULT, window=8, sinks=2)
+SLOTS: list[dict[str, Any]] = [
+    {"slots": 5},
+    {"slots": 5, "slot_score": "learned"},
+    {"slots": 5, "slot_score": "learned", "more_slots": 7, "more_heads": (1,)},
+    {"slots": 1, "slot_score": "learned", "more_slots": 3, "more_heads": (0, 1)},
+    {"slots": 30, "kv_dtype": "int8"},
+    {"slots": 6, "kv_dtype": "int8", "slot_dtype": "int4", "slot_score": "learned", "more_slots": 4, "more_heads": (0,)},
+    {"slots": 6, "slot_dtype": "int4"},
+]
+
+
+@pytest.mark.parametrize("changes", SLOTS, ids=str)
+@pytest.mark.parametrize("spec", [WINDOW, BEHIND, replace(BEHIND, feature_dim=8, sinks=0)], ids=["window", "memory", "narrow"])
+def test_slots(spec: MixerSpec, changes: dict[str, Any], called: list[tuple[Any, ...]]) -> None:
+    """While they fill up and when they are full, for each kv head its own; from the second token on, and after a chunk."""
+    mixer, other = both(replace(spec, **changes))
+    inputs = tokens(90)
+    with torch.no_grad():
+        for first in (1, 60):
+            called.clear()
+            sizes = [first] + [1] * (90 - first)
+            (found, state), (expected, last) = run(mixer, inputs, sizes), run(other, widened(inputs), sizes)
+            assert len(called) == 90 - first
+            assert deviation(found, expected) < 5e-5
+            assert found.isfinite().all()
+            same_slots(state, last)
+
+
+def same_slots(found: State, expected: State) -> None:
+    for name in found:
+        if name.endswith("slot_score") or name == "more_score":  # empty places are so in both
+            assert torch.equal(found[name].isfinite(), expected[name].isfinite()), name
+    finite = [
+        {name: x.nan_to_num(neginf=0.0) if x.is_floating_point() else x.to(torch.int64) for name, x in state.items()}
+        for state in (found, expected)
+    ]
+    same_state(*finite)
+
+
+def test_a_window_alone(called: list[tuple[Any, ...]]) -> None:
+    for spec in (WINDOW, replace(WINDOW, sinks=0, window=1), replace(WINDOW, kv_dtype="int8")):
+        mixer, other = both(spec)
+        called.clear()
+        with torch.no_grad():
+            (found, state), (expected, last) = (run(m, x, [1] * 40) for m, x in ((mixer, tokens(40)), (other, widened(tokens(40)))))
+        assert len(called) == 39
+        assert deviation(found, expected) < 5e-5
+        same_state(state, last)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [WINDOW, BEHIND], ids=["window", "memory"])
+def test_slots_of_a_model_in_bfloat16(spec: MixerSpec, state_dtype: str, called: list[tuple[Any, ...]]) -> None:
+    """As PyTorch's steps on the same numbers; several rows, which have seen other numbers of tokens."""
+    spec = replace(spec, slots=5, kv_dtype="int8", slot_dtype="int4", slot_score="learned", state_dtype=state_dtype)
+    mixer, other = both(spec)[0], both(spec)[0]
+    other.by_kernel = lambda *_: None  # type: ignore[method-assign]
+    inputs = tokens(70, dtype=torch.bfloat16)
+    first = replace(part(inputs, 0, 40), mask=torch.arange(40) >= torch.tensor([[0], [31]]))
+    with torch.no_grad():
+        start = mixer(first, keep=True)[1]
+        (found, state), (expected, last) = (run(m, part(inputs, 40, 70), [1] * 30, start) for m in (mixer, other))
+    assert len(called) == 30
+    assert found.dtype == torch.bfloat16
+    assert deviation(found.double(), expected.double()) < 2.0**-7
+    for name in ("k", "v", "slot_k", "slot_v"):
+        assert torch.equal(state[name], last[name])
+
+
+def test_of_equal_scores_the_youngest_goes(called: list[tuple[Any, ...]]) -> None:
+    """And a token whose score is no number finds no place."""
+    mixer, other = both(replace(WINDOW, slots=4))
+    inputs = tokens(60)
+    with torch.no_grad():
+        state = mixer(part(inputs, 0, 40), keep=True)[1]
+        assert state is not None
+        state["slot_score"][:] = torch.tensor([3.0, 1.0, 1.0, 2.0])
+        state["scores"][..., 0] = 1.0
+        state["scores"][:, 0, 0, 0] = torch.nan
+        last: State | None = {name: x.double() if x.is_floating_point() else x for name, x in state.items()}
+        for at in range(40, 46):
+            found, state = mixer(part(inputs, at, at + 1), state, keep=True)
+            expected, last = other(part(widened(inputs), at, at + 1), last, keep=True)
+            assert deviation(found, expected) < 5e-5
+    assert len(called) == 6
+    assert state is not None
+    assert last is not None
+    same_slots(state, last)
+
+
+def test_what_slots_are_left_in(called: list[tuple[Any, ...]]) -> None:
+    """In tensors of their own, unless the cache says otherwise; and what a trace is told of the operator is so."""
+    mixer = both(replace(BEHIND, **SLOTS[2]))[0]
+    inputs = tokens(60)
+    with torch.no_grad():
+        state = mixer(part(inputs, 0, 59), keep=True)[1]
+        assert state is not None
+        before = {name: x.clone() for name, x in state.items()}
+        out, after = mixer(part(inputs, 59, 60), state, keep=True)
+        assert after is not None
+        assert all(torch.equal(x, before[name]) for name, x in state.items())
+        again, there = mixer(part(inputs, 59, 60), state, keep=True, in_place=True)
+    assert there is not None
+    assert torch.equal(out, again)
+    for name, x in there.items():
+        assert torch.equal(x, after[name])
+        assert (x is state[name]) == (name != "count")
+    near, count, held, maps, terms, learned, *rest = called[-1]
+    plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (*near, count, *held, *maps, *terms, *learned, *rest))
+    torch.library.opcheck(native_operators._made("slots_step"), plain, test_utils=CHECKS)
+
+
+def test_slots_that_pytorch_reads(called: list[tuple[Any, ...]]) -> None:
+    """Scores of other kinds, keys that slots do not hold, stored in 16 bits, parts that are off, terraces."""
+    inputs = tokens(30)
+    with torch.no_grad():
+        others: list[dict[str, Any]] = [
+            {"slot_score": "norm"}, {"slot_score": "recall"}, {"far_rope": False}, {"window_kind": "terraced"}, {"decay": "head"},
+        ]  # fmt: skip
+        for changes in others:
+            run(both(replace(BEHIND, slots=4, **changes))[0], inputs, [1] * 30)
+        mixer = both(replace(BEHIND, slots=4))[0]
+        run(mixer, tokens(30, dtype=torch.bfloat16), [1] * 30)
+        for half in ("far", "near", "slots"):
+            mixer.ablate = half
+            run(mixer, inputs, [1] * 30)
     assert not called

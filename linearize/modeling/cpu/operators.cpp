@@ -98,6 +98,42 @@ at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   return out.to(q.scalar_type());
 }
 
+// The same of a window alone or of one with slots behind it, with a memory or without: what is not there is none. `more_of` (G) says
+// which of the heads with further slots each is, or -1; `arrived` (B, G, 1, 1) and `gains` (G, 2) are of learnt scores.
+at::Tensor slots_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& count, at::Tensor held_k,
+                      at::Tensor held_v, const std::optional<at::Tensor>& far, const std::optional<at::Tensor>& scores,
+                      const std::optional<at::Tensor>& slot_k, const std::optional<at::Tensor>& slot_v,
+                      const std::optional<at::Tensor>& slot_score, const std::optional<at::Tensor>& more_k,
+                      const std::optional<at::Tensor>& more_v, const std::optional<at::Tensor>& more_score,
+                      const std::optional<at::Tensor>& weight_q, const std::optional<at::Tensor>& weight_k,
+                      const std::optional<at::Tensor>& slope, const std::optional<at::Tensor>& bias,
+                      const std::optional<at::Tensor>& slant, const std::optional<at::Tensor>& arrived,
+                      const std::optional<at::Tensor>& gains, at::IntArrayRef more_of, int64_t window, double scale) {
+  for (const auto* x : {&far, &scores, &slot_k, &slot_v, &slot_score, &more_k, &more_v, &more_score})
+    TORCH_CHECK(!*x || (*x)->is_contiguous(), "slots_step: contiguous states are needed");
+  check_states(held_k, held_v, std::nullopt, held_k);
+  const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
+  const at::Tensor known = wide(arrived), factors = wide(gains), map_q = wide(weight_q), map_k = wide(weight_k), own_slope = wide(slope),
+                   own_bias = wide(bias), own_slant = wide(slant);
+  const Index batch = q.size(0), groups = k.size(1), width = v.size(3);
+  at::Tensor out = at::empty({batch, 1, q.size(1), width}, queries.options());
+  HybridStep step{numbers(queries), numbers(queries), numbers(keys), numbers(values), numbers(keys), counts.const_data_ptr<int64_t>(),
+                  held_k.mutable_data_ptr(), held_v.mutable_data_ptr(), nullptr, far ? far->mutable_data_ptr() : nullptr,
+                  numbers(map_q), numbers(map_k), numbers(own_slope), numbers(own_bias), numbers(own_slant),
+                  out.mutable_data_ptr<float>(), batch, groups, q.size(1) / groups, q.size(3), width, held_k.size(2) - window, window,
+                  far ? map_q.size(2) : 0, float(scale), int(8 * held_k.element_size()), far && far->scalar_type() == at::kBFloat16};
+  const auto places = [](const auto& k, const auto& v, const auto& score) {
+    if (!score) return SlotPlaces{};
+    return SlotPlaces{k->mutable_data_ptr(), v->mutable_data_ptr(), score->template mutable_data_ptr<float>(), score->size(2), score->size(1)};
+  };
+  step.slots = places(slot_k, slot_v, slot_score), step.more = places(more_k, more_v, more_score);
+  step.more_of = more_of.data(), step.gains = numbers(factors), step.arrived = numbers(known);
+  step.scores = scores ? scores->mutable_data_ptr<float>() : nullptr;
+  if (slot_k) step.slot_bits = slot_k->scalar_type() == at::kByte ? 4 : int(8 * slot_k->element_size());
+  take_step(step);
+  return out.to(q.scalar_type());
+}
+
 // A layer around it, of x (B, 1, N): norms, weights of q, k, v, o, gate, up and down with scales and biases, and the rotation
 // (B or 1, 1, W) of queries and keys, which the far half takes `undone` or not.
 at::Tensor layer_step(const at::Tensor& x, at::TensorList norms, at::ArrayRef<double> eps, at::TensorList weights,
@@ -145,6 +181,12 @@ TORCH_LIBRARY_FRAGMENT(linearize, m) {
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "slots_step(Tensor q, Tensor k, Tensor v, Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? far, "
+      "Tensor(d!)? scores, Tensor(e!)? slot_k, Tensor(f!)? slot_v, Tensor(g!)? slot_score, Tensor(h!)? more_k, Tensor(i!)? more_v, "
+      "Tensor(j!)? more_score, Tensor? weight_q, Tensor? weight_k, Tensor? slope, Tensor? bias, Tensor? slant, Tensor? arrived, "
+      "Tensor? gains, int[] more_of, int window, float scale) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "layer_step(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor cos, Tensor sin, "
       "bool undone, Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, "
       "Tensor weight_k, Tensor? slope, Tensor? bias, Tensor? slant, int window, float scale) -> Tensor",
@@ -155,6 +197,7 @@ TORCH_LIBRARY_IMPL(linearize, CPU, m) {
   m.impl("feed_forward", feed_forward);
   m.impl("hybrid_step", hybrid_step);
   m.impl("layer_step", layer_step);
+  m.impl("slots_step", slots_step);
   m.impl("matvec", matvec);
   m.impl("additive_step", additive_step);
 }

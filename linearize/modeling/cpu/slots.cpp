@@ -1,4 +1,6 @@
 // Exact slots: which of m slots' tokens and n arrivals stay, one arrival after another, and what queries read of them.
+#include "slots.h"
+
 #include <functional>
 
 #include "storage.h"
@@ -87,18 +89,11 @@ struct Shown {
   }
 };
 
-// Slots of one kv head as they are stored; score (m) is -inf where one is empty.
-struct Stored {
-  const uint8_t *k, *v;
-  const float* score;
-  Index size, dim, width;
-};
-
 // What queries q (R, D), scaled, of one token read of them.
 template <class Form>
-void read_stored(const Stored& slots, const float* q, Index repeats, float* numerator, float* denominator, float* top,
-                 std::vector<float> (&held)[4]) {
-  const Index dim = slots.dim, across = up(slots.size), wide = up(slots.width);
+void read_stored(const SlotHead& slots, Index dim, Index width, const float* q, Index repeats, float* numerator, float* denominator,
+                 float* top, std::vector<float> (&held)[4]) {
+  const Index across = up(slots.size), wide = up(width);
   float *weights = room(held[0], repeats * (across + wide)), *out = weights + repeats * across, *score = room(held[1], across);
   float *keys = room(held[2], TILE * (2 * dim + wide)), *panels = keys + TILE * dim, *values = panels + TILE * dim;
   std::fill_n(values, TILE * wide, 0.0f);
@@ -113,14 +108,45 @@ void read_stored(const Stored& slots, const float* q, Index repeats, float* nume
   for (Index r = 0; r < repeats; r++)
     soften(weights + r * across, across, [&](Index j) { return load(score + j) > all(-INFINITY); }, denominator + r, top + r);
   for (Index from = 0; from < across; from += TILE) {
-    const Index count = std::min(TILE, slots.size - from), bytes = Form::bytes(slots.width);
-    for (Index i = 0; i < count; i++) Form::open(slots.v + (from + i) * bytes, slots.width, values + i * wide, held[3]);
+    const Index count = std::min(TILE, slots.size - from), bytes = Form::bytes(width);
+    for (Index i = 0; i < count; i++) Form::open(slots.v + (from + i) * bytes, width, values + i * wide, held[3]);
     product({weights + from, across, 1}, {values, wide, LANES}, repeats, wide / LANES, count, out, wide, true);
   }
-  for (Index r = 0; r < repeats; r++) std::memcpy(numerator + r * slots.width, out + r * wide, slots.width * sizeof(float));
+  for (Index r = 0; r < repeats; r++) std::memcpy(numerator + r * width, out + r * wide, width * sizeof(float));
 }
 
 }  // namespace
+
+bool SlotHead::admit(uint8_t* own_k, Index k_bytes, uint8_t* own_v, Index v_bytes, float& own_score) {
+  if (!(own_score > -INFINITY)) return false;
+  Index place = size, lowest = 0;
+  while (place > 0 && !(score[place - 1] > -INFINITY)) place--;
+  const bool full = place == size;
+  for (Index i = 1; full && i < size; i++) lowest = score[i] <= score[lowest] ? i : lowest;
+  if (full && (!size || own_score <= score[lowest])) return true;
+  const auto enter = [&](uint8_t* all, uint8_t* own, Index bytes) {
+    if (full) {
+      const std::vector<uint8_t> came(own, own + bytes);
+      uint8_t* row = all + lowest * bytes;
+      std::memcpy(own, row, bytes);
+      std::memmove(row, row + bytes, (size - lowest - 1) * bytes);
+      std::memcpy(all + (size - 1) * bytes, came.data(), bytes);
+    } else {
+      std::memcpy(all + place * bytes, own, bytes);
+    }
+  };
+  enter(k, own_k, k_bytes), enter(v, own_v, v_bytes);
+  enter(reinterpret_cast<uint8_t*>(score), reinterpret_cast<uint8_t*>(&own_score), sizeof(float));
+  return full;
+}
+
+void read_slots(const SlotHead& slots, Index dim, Index width, int bits, const float* q, Index repeats, float* numerator,
+                float* denominator, float* top, std::vector<float> (&held)[4]) {
+  SlotHead filled = slots;
+  while (filled.size > 0 && !(slots.score[filled.size - 1] > -INFINITY)) filled.size--;
+  const auto read = bits == 4 ? read_stored<storage::Four> : bits == 8 ? read_stored<storage::Eight> : read_stored<storage::Plain>;
+  read(filled, dim, width, q, repeats, numerator, denominator, top, held);
+}
 
 // score (B, G, m + n), -inf where no token is; gone (B, G, m + n), lost (B, G, n), after (B, G, m); out (B, n), which arrivals push
 // one out: as many for all kv heads.
@@ -191,10 +217,8 @@ extern "C" void slots_attend(const float* q, Index of_batch, Index of_head, Inde
 }
 
 // One token's queries (B, G, R, D) on slots (B, G, m, bytes) as they are stored, in 4, 8 or 32 bits a channel.
-extern "C" void slots_read(const float* q, const uint8_t* k, const uint8_t* v, const float* score, float* numerator,
-                           float* denominator, float* top, Index problems, Index repeats, Index size, Index dim, Index width,
-                           Index bits, float scale) {
-  const auto read = bits == 4 ? read_stored<storage::Four> : bits == 8 ? read_stored<storage::Eight> : read_stored<storage::Plain>;
+extern "C" void slots_read(const float* q, uint8_t* k, uint8_t* v, float* score, float* numerator, float* denominator, float* top,
+                           Index problems, Index repeats, Index size, Index dim, Index width, Index bits, float scale) {
   const auto bytes = bits == 4 ? storage::Four::bytes : bits == 8 ? storage::Eight::bytes : storage::Plain::bytes;
 #pragma omp parallel
   {
@@ -202,11 +226,9 @@ extern "C" void slots_read(const float* q, const uint8_t* k, const uint8_t* v, c
 #pragma omp for
     for (Index p = 0; p < problems; p++) {
       for (Index i = 0; i < repeats * dim; i++) scaled[i] = q[p * repeats * dim + i] * scale;
-      Index filled = size;
-      while (filled > 0 && !(score[p * size + filled - 1] > -INFINITY)) filled--;
-      const Stored slots{k + p * size * bytes(dim), v + p * size * bytes(width), score + p * size, filled, dim, width};
+      const SlotHead slots{k + p * size * bytes(dim), v + p * size * bytes(width), score + p * size, size};
       const Index row = p * repeats;
-      read(slots, scaled.data(), repeats, numerator + row * width, denominator + row, top + row, held);
+      read_slots(slots, dim, width, int(bits), scaled.data(), repeats, numerator + row * width, denominator + row, top + row, held);
     }
   }
 }
