@@ -15,15 +15,18 @@ except ImportError as error:
 from .native import OPERATORS, OWN, library, takes_frozen
 
 Layer = tuple[list[Tensor], list[float], list[Tensor], list[Tensor | None], list[Tensor | None]]
-HELD = ("k", "v", "far", "scores", "slot_k", "slot_v", "slot_score", "more_k", "more_v", "more_score")  # of a state
+Terms = tuple[Tensor | None, ...]
+Read = tuple[
+    Terms, Terms, Terms, list[int]
+]  # maps; terms of the far mass; W, b, rate and gains of learnt scores; heads with more slots
+HELD = ("k", "v", "far_k", "far", "scores", "slot_k", "slot_v", "slot_score", "more_k", "more_v", "more_score")  # of a state
 FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers
     "matvec": lambda x, weight, scale, bias: x.new_empty(*x.shape[:-1], len(weight)),
     "additive_step": lambda q, k, v, g, state: (q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(state)),
     "feed_forward": lambda x, gate, up, down, *_: x.new_empty(*x.shape[:-1], len(down)),
-    "slots_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
     "layer_step": lambda x, *_: torch.empty_like(x),
-    "hybrid_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
+    "mixer_step": lambda q, k, v, *_: q.new_empty(len(q), 1, q.shape[1], v.shape[-1]),
 }
 
 
@@ -67,46 +70,34 @@ def additive_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tens
     return found
 
 
-def hybrid_step(
-    near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor], rotation: tuple[Tensor | None, Tensor | None], count: Tensor,
-    held: tuple[Tensor, Tensor, Tensor | None, Tensor], maps: tuple[Tensor, Tensor], terms: tuple[Tensor | None, ...], window: int,
-    scale: float,
+def mixer_step(
+    near: tuple[Tensor, Tensor, Tensor], far: tuple[Tensor, Tensor], rotation: tuple[Tensor | None, Tensor | None],
+    hidden: Tensor | None, count: Tensor, held: Sequence[Tensor | None], read: Read, window: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """One token of a mixer like the default after `count` (B,) others: (B, 1, H, V) in q's dtype, and `held` changes in place.
+    """One token of a mixer after `count` (B,) others: (B, 1, H, V) in q's dtype, and `held`, which `HELD` names, changes in place.
 
     `near` q (B, H, 1, D), k and v (B, G, 1, .); `far` its own q and k, which are turned back where a rotation (cos, sin) is given;
-    `held` k and v (B, G, W + s, .) as they are stored, far_k (B, G, W, D) or None, and the memory (B, G, K, V + 1); `maps` weights
-    of queries' and keys' features; `terms` FarMass.own's; `scale` of scores of base 2.
+    hidden (B, 1, N) the layer's input, where learnt scores read it; `scale` of scores of base 2. What there is not is None.
     """
-    found: Tensor = _made("hybrid_step")(*near, *far, *rotation, count, *held, *maps, *terms, window, scale)
-    return found
-
-
-def slots_step(
-    near: tuple[Tensor, Tensor, Tensor], count: Tensor, held: Sequence[Tensor | None], maps: Sequence[Tensor | None],
-    terms: Sequence[Tensor | None], learned: Sequence[Tensor | None], more_of: Sequence[int], window: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """The same of a window alone, or with slots behind it, with a memory or without: `held` as `HELD` names it, None what is not.
-
-    `learned` what is known of the new token (B, G, 1, 1) and factors (G, 2) of log attention and its square, None where attention
-    itself is a score; `more_of` (G) which of the heads that have further slots each is, or -1.
-    """
-    found: Tensor = _made("slots_step")(*near, count, *held, *maps, *terms, *learned, more_of, window, scale)
+    maps, terms, learned, more_of = read
+    given = (*near, *far, *rotation, hidden, count, *held, *maps, *terms, *learned, more_of, window, scale)
+    found: Tensor = _made("mixer_step")(*given)
     return found
 
 
 def layer_step(
-    x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], undone: bool, count: Tensor,
-    held: tuple[Tensor, Tensor, Tensor | None, Tensor], maps: tuple[Tensor, Tensor], terms: tuple[Tensor | None, ...], window: int,
-    scale: float,
+    x: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor], undone: bool, count: Tensor, held: Sequence[Tensor | None],
+    read: Read, window: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """One token through a decoder's layer around such a mixer: (B, 1, N) of x (B, 1, N), and `held` changes in place.
 
     y = x + W_o step(q, k, v), q, k and v of norms[0](x); y + gate(norms[1](y)). `layer` norms with their epsilons, and weights of
-    q, k, v, o, gate, up and down with scales, where they are in 8 bits, and biases. Queries and keys turn by `rotation`, which the
-    far half takes `undone` or not. The rest is `hybrid_step`'s. Rounded where its parts round.
+    q, k, v, o, gate, up, down with scales, where they are in 8 bits, and biases. Queries and keys turn by `rotation`, which the
+    far half takes `undone` or not. The rest is `mixer_step`'s. Rounded where its parts round.
     """
-    found: Tensor = _made("layer_step")(x.contiguous(), *layer, *rotation, undone, count, *held, *maps, *terms, window, scale)
+    maps, terms, learned, more_of = read
+    given = (*layer, *rotation, undone, count, *held, *maps, *terms, *learned, more_of, window, scale)
+    found: Tensor = _made("layer_step")(x.contiguous(), *given)
     return found
 
 

@@ -36,7 +36,7 @@ from .one_pass import (
     with_products,
     with_weight,
 )
-from .one_step import fused, moved
+from .one_step import moved, reads
 from .places import Places
 from .products import LOG2E
 from .rope import rotate
@@ -106,16 +106,16 @@ def _stepped(layer: Any, x: Tensor, options: dict[str, Any]) -> Tensor | None:
     mixer, held = attention._modules["linearize"], cache_layer(cache, attention.linearize_index)
     if held.state is None or held.recording or held.state["count"].device != x.device or type(mixer) is not Mixer:
         return None
-    if not (mixer.spec.far_rope or attention.linearize_rope == "half"):
+    undone = mixer.spec.has_far and not mixer.spec.far_rope
+    if undone and attention.linearize_rope != "half":
         return None
     given, score = _read(layer, x, *rope), asked(layer)
-    own = None if given is None or score is None else fused(mixer, score, held.state, x.dtype)
+    own = None if given is None or score is None else reads(mixer, score, held.state, x.dtype)
     if given is None or score is None or own is None:
         return None
     place = (call.places or Places()).of(mixer.spec, held.state["count"])
     after, tensors = moved(held.state, place, held.in_place)
-    far = not mixer.spec.far_rope, place.count, tensors
-    found = layer_step(x, given, rope, *far, *own, mixer.spec.window, score.scale * LOG2E)
+    found = layer_step(x, given, rope, undone, place.count, tensors, own, mixer.spec.window, score.scale * LOG2E)
     held.advance(after, 1, _forgotten)
     return found
 

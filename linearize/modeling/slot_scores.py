@@ -36,6 +36,11 @@ class SlotScore(Projection):
         found = self.project(hidden)
         return found + self.rate.to(found.dtype)[:, None, None] * position[:, None, :, None].to(found.dtype)
 
+    def own(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w (G, N), b and rate (G), and (a1, a2) (G, 2)."""
+        assert self.bias is not None
+        return self.up, self.bias, self.rate, self.attention
+
     def score(self, got: Tensor) -> Tensor:
         """Scores (B, G, n) of tokens that hold (attention r, w . x + b + rate i) (B, G, n, 2)."""
         columns = log_attention(got[..., 0])

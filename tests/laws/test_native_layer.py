@@ -85,7 +85,14 @@ def same(found: tuple[Tensor, Any], expected: tuple[Tensor, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"far_rope": False}, {"far_rope": False, "kv_dtype": "int8", "state_dtype": "bfloat16"}, {"sinks": 0, "far_mass": "none"}],
+    [
+        {},
+        {"far_rope": False},
+        {"far_rope": False, "kv_dtype": "int8", "state_dtype": "bfloat16"},
+        {"sinks": 0, "far_mass": "none"},
+        {"feature_dim": 8, "kv_dtype": "int8", "slots": 3, "slot_dtype": "int4", "slot_score": "learned"},
+        {"slots": 2, "kv_dtype": "int8", "slot_score": "attention", "more_slots": 2, "more_heads": (1,)},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])  # with biases, without any, with those of q, k and v alone
@@ -120,6 +127,16 @@ def test_wide_layers_are_shared_by_threads(threads: int, called: Calls, monkeypa
     same(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slots", [0, 3])
+def test_windows_without_a_memory(slots: int, dtype: torch.dtype, called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"slots": slots, "slot_score": "learned", "slot_dtype": "int4"} if slots else {}
+    model = model_of("mistral", replace(SPEC.near_only(), kv_dtype="int8", **more), dtype)
+    found = read(model, texts(2, 20), 12)
+    assert len(called) == LAYERS * 8
+    same(found, by_parts(monkeypatch, model, texts(2, 20), 12))
+
+
 def test_rows_of_their_own_lengths(called: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turns by its own angle; a mask of real tokens alone is none."""
     model, ids, mask = model_of(), texts(2, 14), torch.ones(2, 14, dtype=torch.long)
@@ -147,8 +164,8 @@ def test_a_state_is_left_as_it_was(called: Calls) -> None:
         model(ids[:, 12:], past_key_values=own, use_cache=True)
     assert all(own.layers[0].state[name] is there[name] for name in ("k", "v", "far"))
     assert torch.equal(own.layers[0].state["far"], layer.state["far"])
-    x, parts, rotation, undone, count, states, maps, terms, *rest = called[-1]
-    given = (x, *parts, *rotation, undone, count, *states, *maps, *terms, *rest)
+    x, parts, rotation, undone, count, states, (maps, terms, learned, more_of), *rest = called[-1]
+    given = (x, *parts, *rotation, undone, count, *states, *maps, *terms, *learned, more_of, *rest)
     plain = tuple(one.detach() if isinstance(one, Tensor) else one for one in given)
     plain = (plain[0], *([y.detach() if isinstance(y, Tensor) else y for y in one] for one in plain[1:6]), *plain[6:])
     torch.library.opcheck(native_operators._made("layer_step"), plain, test_utils=("test_schema", "test_faketensor"))

@@ -189,6 +189,7 @@ def test_a_trace_takes_each_for_one_operator(called: list[str]) -> None:
 SLOTS: dict[str, Any] = {"slots": 20, "window": 16, "sinks": 2, "slot_score": "learned"}
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole steps"])
 @pytest.mark.parametrize("ablate", [None, "slots"])
 @pytest.mark.parametrize(
     "changes",
@@ -202,12 +203,14 @@ SLOTS: dict[str, Any] = {"slots": 20, "window": 16, "sinks": 2, "slot_score": "l
     ],
     ids=str,
 )
-def test_mixers_with_slots(changes: dict[str, Any], ablate: str | None, by_torch: Any, called: list[str]) -> None:
-    """In calls of many tokens and of one, with rows of different lengths, as PyTorch has them."""
+def test_mixers_with_slots(changes: dict[str, Any], ablate: str | None, whole: bool, by_torch: Any, called: list[str]) -> None:
+    """In calls of many tokens and of one, with rows of different lengths, as PyTorch has them; steps by one kernel, or in parts."""
     default = next(point.spec for point in method_points() if point.id == "default")
     torch.manual_seed(0)
     mixer = randomise(Mixer(replace(default, **{**SLOTS, **changes}), SHAPE))
     mixer.ablate = ablate
+    if not whole:
+        mixer.by_kernel = lambda *_: None  # type: ignore[method-assign]
     inputs = random_inputs(SHAPE, 150, dtype=torch.float32, softcap=None)
 
     def through() -> Any:
@@ -224,7 +227,7 @@ def test_mixers_with_slots(changes: dict[str, Any], ablate: str | None, by_torch
         assert torch.equal(there, state[name] > -torch.inf)
         assert deviation(state[name][there], other[name][there]) < 1e-3, name
     assert {"slots_admit", "slots_pick"} <= set(called)
-    assert ablate is not None or "slots_read" in called
+    assert ablate is not None or whole or "slots_read" in called
 
 
 # ---- how they are stored ----

@@ -30,9 +30,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the kernel was given, call by call."""
     recorded(monkeypatch)
     calls: list[tuple[Any, ...]] = []
-    for name in ("hybrid_step", "slots_step"):
-        step = getattr(one_step, name)
-        monkeypatch.setattr(one_step, name, lambda *given, step=step: (calls.append(given), step(*given))[1])
+    step = one_step.mixer_step
+    monkeypatch.setattr(one_step, "mixer_step", lambda *given: (calls.append(given), step(*given))[1])
     return calls
 
 
@@ -171,10 +170,15 @@ def test_what_a_state_is_left_in(called: list[tuple[Any, ...]]) -> None:
     for name, x in there.items():
         assert torch.equal(x, after[name])
         assert (x is state[name]) == (name != "count")
-    near, far, rotation, count, held, maps, terms, *rest = called[-1]
-    given = (*near, *far, *rotation, count, *held, *maps, *(None if x is None else x.detach() for x in terms), *rest)
+    checked(called[-1])
+
+
+def checked(call: tuple[Any, ...]) -> None:
+    """What a trace is told of the operator is so."""
+    near, far, rotation, hidden, count, held, (maps, terms, learned, more_of), *rest = call
+    given = (*near, *far, *rotation, hidden, count, *held, *maps, *terms, *learned, more_of, *rest)
     plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in given)
-    torch.library.opcheck(native_operators._made("hybrid_step"), plain, test_utils=CHECKS)
+    torch.library.opcheck(native_operators._made("mixer_step"), plain, test_utils=CHECKS)
 
 
 def test_what_pytorch_does(called: list[tuple[Any, ...]]) -> None:
@@ -292,7 +296,7 @@ def test_of_equal_scores_the_youngest_goes(called: list[tuple[Any, ...]]) -> Non
 
 
 def test_what_slots_are_left_in(called: list[tuple[Any, ...]]) -> None:
-    """In tensors of their own, unless the cache says otherwise; and what a trace is told of the operator is so."""
+    """In tensors of their own, unless the cache says otherwise."""
     mixer = both(replace(BEHIND, **SLOTS[2]))[0]
     inputs = tokens(60)
     with torch.no_grad():
@@ -308,9 +312,7 @@ def test_what_slots_are_left_in(called: list[tuple[Any, ...]]) -> None:
     for name, x in there.items():
         assert torch.equal(x, after[name])
         assert (x is state[name]) == (name != "count")
-    near, count, held, maps, terms, learned, *rest = called[-1]
-    plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (*near, count, *held, *maps, *terms, *learned, *rest))
-    torch.library.opcheck(native_operators._made("slots_step"), plain, test_utils=CHECKS)
+    checked(called[-1])
 
 
 def test_slots_that_pytorch_reads(called: list[tuple[Any, ...]]) -> None:

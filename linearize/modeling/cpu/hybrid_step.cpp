@@ -126,7 +126,7 @@ struct Head {
     if (!s.scores) return;
     float* scores = s.scores + (p * s.window + at) * (s.gains ? 2 : 1);
     scores[0] = 0;
-    if (s.gains) scores[1] = s.arrived[p];
+    if (s.gains) scores[1] = dot(s.hidden + p / s.groups * s.inputs, s.up + g * s.inputs, s.inputs) + s.shift[g] + s.rate[g] * count;
   }
 
   // Of the ring what is not a sink, and of the sinks what is there.

@@ -44,7 +44,7 @@ struct Layer {
   size_t used = 0;
   const Index rows, width;
   T *normed, *middle, *q, *k, *v, *turned_q, *turned_k, *heads;
-  float *wide_q, *wide_k, *wide_v, *far_q, *far_k;
+  float *wide_q, *wide_k, *wide_v, *far_q, *far_k, *hidden;
   const float *cos, *sin;
   std::vector<float> &read, &other, &third;
 
@@ -82,6 +82,7 @@ struct Layer {
     m.far_q = far_q = s.undone ? fresh<float>(rows * s.q.out) : wide_q;
     m.far_k = far_k = s.undone ? fresh<float>(rows * s.k.out) : wide_k;
     m.out = wide(heads, rows * s.o.depth);
+    m.hidden = hidden = wide(normed, rows * width), m.inputs = width;
   }
 
   // One kv head of one row, from what the products left to what the next takes.
@@ -113,6 +114,7 @@ struct Layer {
   void run() {
     const T* x = static_cast<const T*>(s.x);
     norm(x, static_cast<const T*>(s.norms[0]), normed, rows, width, s.eps[0]);
+    if (m.up) widened(normed, rows * width, hidden);
     const void *in = readable(s.q, read), *in_k = readable(s.k, other), *in_v = readable(s.v, third), *in_up = nullptr;
 #pragma omp parallel if (s.gate.out * s.gate.depth > 1 << 14)
     {

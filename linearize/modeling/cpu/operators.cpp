@@ -71,65 +71,76 @@ at::Tensor unturned(const at::Tensor& y, const at::Tensor& cos, const at::Tensor
   return x;
 }
 
-void check_states(const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& held_far, const at::Tensor& far) {
-  for (const auto* x : {&k, &v, &far}) TORCH_CHECK(x->is_contiguous(), "contiguous states are needed");
-  TORCH_CHECK(!held_far || held_far->is_contiguous(), "contiguous states are needed");
+using Maybe = std::optional<at::Tensor>;
+
+// What a step of a mixer changes in place: see memory.py; what a mixer does not have is none.
+struct Held {
+  const at::Tensor &k, &v;
+  const Maybe &far_k, &far, &scores, &slot_k, &slot_v, &slot_score, &more_k, &more_v, &more_score;
+};
+
+// What it reads: maps, terms of the far mass, W, b, rate and gains of learnt slot scores; which of the heads with further slots each is.
+struct Read {
+  const Maybe &weight_q, &weight_k, &slope, &bias, &slant, &up, &shift, &rate, &gains;
+  at::IntArrayRef more_of;
+  int64_t window;
+  double scale;
+};
+
+// Numbers in float32, kept as long as this.
+struct Floats {
+  std::vector<at::Tensor> kept;
+  const float* operator()(const Maybe& x) { return numbers(kept.emplace_back(wide(x))); }
+};
+
+// All of it but what is made of the new token.
+HybridStep mixer_of(const at::Tensor& count, const Held& held, const Read& read, Floats& floats, Index batch, Index heads, Index width) {
+  for (const auto* x : {&held.far_k, &held.far, &held.scores, &held.slot_k, &held.slot_v, &held.slot_score, &held.more_k, &held.more_v,
+                        &held.more_score})
+    TORCH_CHECK(!*x || (*x)->is_contiguous(), "contiguous states are needed");
+  TORCH_CHECK(held.k.is_contiguous() && held.v.is_contiguous(), "contiguous states are needed");
+  const at::Tensor& counts = floats.kept.emplace_back(count.expand({batch}).contiguous());
+  const auto places = [](const Maybe& k, const Maybe& v, const Maybe& score) {
+    return score ? SlotPlaces{k->mutable_data_ptr(), v->mutable_data_ptr(), score->mutable_data_ptr<float>(), score->size(2), score->size(1)}
+                 : SlotPlaces{};
+  };
+  HybridStep step{};
+  step.count = counts.const_data_ptr<int64_t>(), step.batch = batch, step.groups = held.k.size(1), step.repeats = heads / held.k.size(1);
+  step.width = width, step.window = read.window, step.sinks = held.k.size(2) - read.window, step.scale = float(read.scale);
+  step.held_k = held.k.mutable_data_ptr(), step.held_v = held.v.mutable_data_ptr(), step.bits = int(8 * held.k.element_size());
+  step.held_far = held.far_k ? held.far_k->mutable_data_ptr<float>() : nullptr;
+  step.state = held.far ? held.far->mutable_data_ptr() : nullptr;
+  step.short_state = held.far && held.far->scalar_type() == at::kBFloat16, step.columns = held.far ? read.weight_q->size(2) : 0;
+  step.weight_q = floats(read.weight_q), step.weight_k = floats(read.weight_k);
+  step.slope = floats(read.slope), step.bias = floats(read.bias), step.slant = floats(read.slant);
+  step.slots = places(held.slot_k, held.slot_v, held.slot_score), step.more = places(held.more_k, held.more_v, held.more_score);
+  step.more_of = read.more_of.data(), step.scores = held.scores ? held.scores->mutable_data_ptr<float>() : nullptr;
+  if (held.slot_k) step.slot_bits = held.slot_k->scalar_type() == at::kByte ? 4 : int(8 * held.slot_k->element_size());
+  step.up = floats(read.up), step.shift = floats(read.shift), step.rate = floats(read.rate), step.gains = floats(read.gains);
+  return step;
 }
 
-// One token of `Mixer` with the default's halves: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .) and what is held,
-// which changes in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
-at::Tensor hybrid_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q,
-                       const at::Tensor& far_k, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, const at::Tensor& count,
-                       at::Tensor held_k, at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far,
-                       const at::Tensor& weight_q, const at::Tensor& weight_k, const std::optional<at::Tensor>& slope,
-                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& slant, int64_t window, double scale) {
-  check_states(held_k, held_v, held_far, far);
-  const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
+// One token of `Mixer`: (B, 1, H, V) of q (B, H, 1, D), k, v and far_k (B, G, 1, .), hidden (B, 1, N) and what is held, which changes
+// in place. Where cos and sin are given, the far half takes queries and keys before that rotation.
+at::Tensor mixer_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& far_q, const at::Tensor& far_k,
+                      const Maybe& cos, const Maybe& sin, const Maybe& hidden, const at::Tensor& count, const at::Tensor& held_k,
+                      const at::Tensor& held_v, const Maybe& held_far, const Maybe& far, const Maybe& scores, const Maybe& slot_k,
+                      const Maybe& slot_v, const Maybe& slot_score, const Maybe& more_k, const Maybe& more_v, const Maybe& more_score,
+                      const Maybe& weight_q, const Maybe& weight_k, const Maybe& slope, const Maybe& bias, const Maybe& slant,
+                      const Maybe& up, const Maybe& shift, const Maybe& rate, const Maybe& gains, at::IntArrayRef more_of,
+                      int64_t window, double scale) {
+  const at::Tensor queries = wide(q), keys = wide(k), values = wide(v);
   at::Tensor own_q = far_q.is_same(q) ? queries : wide(far_q), own_k = far_k.is_same(k) ? keys : wide(far_k);
   if (cos) own_q = unturned(own_q, wide(cos), wide(sin)), own_k = unturned(own_k, wide(cos), wide(sin));
-  const Index batch = q.size(0), groups = k.size(1), width = v.size(3);
+  const Index batch = q.size(0), width = v.size(3);
   at::Tensor out = at::empty({batch, 1, q.size(1), width}, queries.options());
-  take_step({numbers(queries), numbers(own_q), numbers(keys), numbers(values), numbers(own_k), counts.const_data_ptr<int64_t>(),
-             held_k.mutable_data_ptr(), held_v.mutable_data_ptr(), held_far ? held_far->mutable_data_ptr<float>() : nullptr,
-             far.mutable_data_ptr(), numbers(wide(weight_q)), numbers(wide(weight_k)), numbers(wide(slope)), numbers(wide(bias)),
-             numbers(wide(slant)), out.mutable_data_ptr<float>(), batch, groups, q.size(1) / groups, q.size(3), width,
-             held_k.size(2) - window, window, weight_q.size(2), float(scale), int(8 * held_k.element_size()),
-             far.scalar_type() == at::kBFloat16});
-  return out.to(q.scalar_type());
-}
-
-// The same of a window alone or of one with slots behind it, with a memory or without: what is not there is none. `more_of` (G) says
-// which of the heads with further slots each is, or -1; `arrived` (B, G, 1, 1) and `gains` (G, 2) are of learnt scores.
-at::Tensor slots_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& count, at::Tensor held_k,
-                      at::Tensor held_v, const std::optional<at::Tensor>& far, const std::optional<at::Tensor>& scores,
-                      const std::optional<at::Tensor>& slot_k, const std::optional<at::Tensor>& slot_v,
-                      const std::optional<at::Tensor>& slot_score, const std::optional<at::Tensor>& more_k,
-                      const std::optional<at::Tensor>& more_v, const std::optional<at::Tensor>& more_score,
-                      const std::optional<at::Tensor>& weight_q, const std::optional<at::Tensor>& weight_k,
-                      const std::optional<at::Tensor>& slope, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& slant, const std::optional<at::Tensor>& arrived,
-                      const std::optional<at::Tensor>& gains, at::IntArrayRef more_of, int64_t window, double scale) {
-  for (const auto* x : {&far, &scores, &slot_k, &slot_v, &slot_score, &more_k, &more_v, &more_score})
-    TORCH_CHECK(!*x || (*x)->is_contiguous(), "slots_step: contiguous states are needed");
-  check_states(held_k, held_v, std::nullopt, held_k);
-  const at::Tensor queries = wide(q), keys = wide(k), values = wide(v), counts = count.expand({q.size(0)}).contiguous();
-  const at::Tensor known = wide(arrived), factors = wide(gains), map_q = wide(weight_q), map_k = wide(weight_k), own_slope = wide(slope),
-                   own_bias = wide(bias), own_slant = wide(slant);
-  const Index batch = q.size(0), groups = k.size(1), width = v.size(3);
-  at::Tensor out = at::empty({batch, 1, q.size(1), width}, queries.options());
-  HybridStep step{numbers(queries), numbers(queries), numbers(keys), numbers(values), numbers(keys), counts.const_data_ptr<int64_t>(),
-                  held_k.mutable_data_ptr(), held_v.mutable_data_ptr(), nullptr, far ? far->mutable_data_ptr() : nullptr,
-                  numbers(map_q), numbers(map_k), numbers(own_slope), numbers(own_bias), numbers(own_slant),
-                  out.mutable_data_ptr<float>(), batch, groups, q.size(1) / groups, q.size(3), width, held_k.size(2) - window, window,
-                  far ? map_q.size(2) : 0, float(scale), int(8 * held_k.element_size()), far && far->scalar_type() == at::kBFloat16};
-  const auto places = [](const auto& k, const auto& v, const auto& score) {
-    if (!score) return SlotPlaces{};
-    return SlotPlaces{k->mutable_data_ptr(), v->mutable_data_ptr(), score->template mutable_data_ptr<float>(), score->size(2), score->size(1)};
-  };
-  step.slots = places(slot_k, slot_v, slot_score), step.more = places(more_k, more_v, more_score);
-  step.more_of = more_of.data(), step.gains = numbers(factors), step.arrived = numbers(known);
-  step.scores = scores ? scores->mutable_data_ptr<float>() : nullptr;
-  if (slot_k) step.slot_bits = slot_k->scalar_type() == at::kByte ? 4 : int(8 * slot_k->element_size());
+  Floats floats;
+  HybridStep step = mixer_of(count, {held_k, held_v, held_far, far, scores, slot_k, slot_v, slot_score, more_k, more_v, more_score},
+                             {weight_q, weight_k, slope, bias, slant, up, shift, rate, gains, more_of, window, scale}, floats, batch,
+                             q.size(1), width);
+  step.q = numbers(queries), step.k = numbers(keys), step.v = numbers(values), step.far_q = numbers(own_q), step.far_k = numbers(own_k);
+  step.dim = q.size(3), step.hidden = floats(hidden), step.inputs = hidden ? hidden->size(-1) : 0;
+  step.out = out.mutable_data_ptr<float>();
   take_step(step);
   return out.to(q.scalar_type());
 }
@@ -137,32 +148,31 @@ at::Tensor slots_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 // A layer around it, of x (B, 1, N): norms, weights of q, k, v, o, gate, up and down with scales and biases, and the rotation
 // (B or 1, 1, W) of queries and keys, which the far half takes `undone` or not.
 at::Tensor layer_step(const at::Tensor& x, at::TensorList norms, at::ArrayRef<double> eps, at::TensorList weights,
-                      const c10::List<std::optional<at::Tensor>>& scales, const c10::List<std::optional<at::Tensor>>& biases,
-                      const at::Tensor& cos, const at::Tensor& sin, bool undone, const at::Tensor& count, at::Tensor held_k,
-                      at::Tensor held_v, const std::optional<at::Tensor>& held_far, at::Tensor far, const at::Tensor& weight_q,
-                      const at::Tensor& weight_k, const std::optional<at::Tensor>& slope, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& slant, int64_t window, double scale) {
-  check_states(held_k, held_v, held_far, far);
-  std::vector<at::Tensor> kept;
+                      const c10::List<Maybe>& scales, const c10::List<Maybe>& biases, const at::Tensor& cos, const at::Tensor& sin,
+                      bool undone, const at::Tensor& count, const at::Tensor& held_k, const at::Tensor& held_v, const Maybe& held_far,
+                      const Maybe& far, const Maybe& scores, const Maybe& slot_k, const Maybe& slot_v, const Maybe& slot_score,
+                      const Maybe& more_k, const Maybe& more_v, const Maybe& more_score, const Maybe& weight_q, const Maybe& weight_k,
+                      const Maybe& slope, const Maybe& bias, const Maybe& slant, const Maybe& up, const Maybe& shift, const Maybe& rate,
+                      const Maybe& gains, at::IntArrayRef more_of, int64_t window, double scale) {
+  Floats floats;
   const auto product = [&](int i) {
-    const at::Tensor &w = weights[i], &by = kept.emplace_back(wide(scales[i])), &more = kept.emplace_back(wide(biases[i]));
+    const at::Tensor& w = weights[i];
     TORCH_CHECK(w.is_contiguous(), "layer_step: contiguous weights are needed");
-    return Product{nullptr, w.const_data_ptr(), numbers(by), numbers(more), nullptr, x.size(0), w.size(0), w.size(1),
-                   x.scalar_type() == at::kBFloat16, int(8 * w.element_size())};
+    const float *by = floats(scales[i]), *more = floats(biases[i]);
+    return Product{nullptr, w.const_data_ptr(), by, more, nullptr, x.size(0), w.size(0), w.size(1), x.scalar_type() == at::kBFloat16,
+                   int(8 * w.element_size())};
   };
-  kept.reserve(2 * weights.size() + 8);
-  const auto floats = [&](const std::optional<at::Tensor>& x) { return numbers(kept.emplace_back(wide(x))); };
-  const at::Tensor counts = count.expand({x.size(0)}).contiguous(), own_cos = cos.contiguous(), own_sin = sin.contiguous();
-  const Index groups = held_k.size(1), width = far.size(3) - 1, dim = weight_q.size(1);
+  const at::Tensor own_cos = cos.contiguous(), own_sin = sin.contiguous();
+  const Index width = weights[2].size(0) / held_k.size(1), heads = weights[3].size(1) / width;
   at::Tensor y = at::empty(x.sizes(), x.options());
+  HybridStep mixer = mixer_of(count, {held_k, held_v, held_far, far, scores, slot_k, slot_v, slot_score, more_k, more_v, more_score},
+                              {weight_q, weight_k, slope, bias, slant, up, shift, rate, gains, more_of, window, scale}, floats,
+                              x.size(0), heads, width);
+  mixer.dim = weights[0].size(0) / heads;
   LayerStep step{x.const_data_ptr(), y.mutable_data_ptr(), {norms[0].const_data_ptr(), norms[1].const_data_ptr()},
                  {float(eps[0]), float(eps[1])}, product(0), product(1), product(2), product(3), product(4), product(5), product(6),
-                 {nullptr, nullptr, nullptr, nullptr, nullptr, counts.const_data_ptr<int64_t>(), held_k.mutable_data_ptr(),
-                  held_v.mutable_data_ptr(), held_far ? held_far->mutable_data_ptr<float>() : nullptr, far.mutable_data_ptr(),
-                  floats(weight_q), floats(weight_k), floats(slope), floats(bias), floats(slant), nullptr, x.size(0), groups,
-                  weights[0].size(0) / dim / groups, dim, width, held_k.size(2) - window, window, weight_q.size(2), float(scale),
-                  int(8 * held_k.element_size()), far.scalar_type() == at::kBFloat16},
-                 own_cos.const_data_ptr(), own_sin.const_data_ptr(), own_cos.size(-1), own_cos.size(0) == 1 ? 0 : own_cos.size(-1), undone};
+                 mixer, own_cos.const_data_ptr(), own_sin.const_data_ptr(), own_cos.size(-1),
+                 own_cos.size(0) == 1 ? 0 : own_cos.size(-1), undone};
   take_layer(step);
   return y;
 }
@@ -171,33 +181,27 @@ at::Tensor layer_step(const at::Tensor& x, at::TensorList norms, at::ArrayRef<do
 
 TORCH_LIBRARY_FRAGMENT(linearize, m) {
   m.def("additive_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor state) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
-  m.def(
-      "hybrid_step(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? cos, Tensor? sin, Tensor count, "
-      "Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, Tensor weight_k, "
-      "Tensor? slope, Tensor? bias, Tensor? slant, int window, float scale) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+  const std::string mixer =
+      "Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!)? far, Tensor(e!)? scores, "
+      "Tensor(f!)? slot_k, Tensor(g!)? slot_v, Tensor(h!)? slot_score, Tensor(i!)? more_k, Tensor(j!)? more_v, Tensor(k!)? more_score, "
+      "Tensor? weight_q, Tensor? weight_k, Tensor? slope, Tensor? bias, Tensor? slant, Tensor? up, Tensor? shift, Tensor? rate, "
+      "Tensor? gains, int[] more_of, int window, float scale) -> Tensor";
+  const std::string step = "mixer_step(Tensor q, Tensor k, Tensor v, Tensor far_q, Tensor far_k, Tensor? cos, Tensor? sin, Tensor? hidden, ";
+  m.def((step + mixer).c_str(), {at::Tag::pt2_compliant_tag});
+  const std::string layer =
+      "layer_step(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor cos, Tensor sin, "
+      "bool undone, ";
+  m.def((layer + mixer).c_str(), {at::Tag::pt2_compliant_tag});
   m.def(
       "feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor? gate_scale, Tensor? up_scale, Tensor? down_scale) "
       "-> Tensor",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "slots_step(Tensor q, Tensor k, Tensor v, Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? far, "
-      "Tensor(d!)? scores, Tensor(e!)? slot_k, Tensor(f!)? slot_v, Tensor(g!)? slot_score, Tensor(h!)? more_k, Tensor(i!)? more_v, "
-      "Tensor(j!)? more_score, Tensor? weight_q, Tensor? weight_k, Tensor? slope, Tensor? bias, Tensor? slant, Tensor? arrived, "
-      "Tensor? gains, int[] more_of, int window, float scale) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "layer_step(Tensor x, Tensor[] norms, float[] eps, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor cos, Tensor sin, "
-      "bool undone, Tensor count, Tensor(a!) held_k, Tensor(b!) held_v, Tensor(c!)? held_far, Tensor(d!) far, Tensor weight_q, "
-      "Tensor weight_k, Tensor? slope, Tensor? bias, Tensor? slant, int window, float scale) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def("matvec(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(linearize, CPU, m) {
   m.impl("feed_forward", feed_forward);
-  m.impl("hybrid_step", hybrid_step);
+  m.impl("mixer_step", mixer_step);
   m.impl("layer_step", layer_step);
-  m.impl("slots_step", slots_step);
   m.impl("matvec", matvec);
   m.impl("additive_step", additive_step);
 }
