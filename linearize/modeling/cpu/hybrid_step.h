@@ -1,4 +1,5 @@
-// One token of a mixer like the default: it takes its place, the one that leaves goes into the memory, and its queries read both.
+// One token of a mixer like the default, or of a window alone, with slots behind it or without: it takes its place, what leaves the
+// window competes for slots, what they give up goes into the memory, and its queries read all of them as one softmax.
 #pragma once
 #include "tiles.h"
 
@@ -27,8 +28,8 @@ struct HybridStep {
   const Index* more_of = nullptr;  // (G): which of the heads that have further ones this is, or -1
   int slot_bits = 0;               // of a channel there: 4, 8 or 32
   float* scores = nullptr;         // (B, G, W, 1 or 2) of tokens in the ring: the largest attention they got, what was known of them
-  const float *hidden = nullptr, *up = nullptr, *shift = nullptr, *rate = nullptr;  // what is known of a new one, where scores are learnt:
-  Index inputs = 0;                // W x + b + rate count of the layer's input x (B, N), W (G, N), b and rate (G)
+  const float *hidden = nullptr, *up = nullptr, *shift = nullptr, *rate = nullptr;  // of a new one, where scores are learnt, W x + b +
+  Index inputs = 0;                // rate count is known, of the layer's input x (B, N), W (G, N), b and rate (G)
   const float* gains = nullptr;    // (G, 2) of log attention and its square, or null: attention itself is the score
 };
 
