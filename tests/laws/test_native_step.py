@@ -282,8 +282,8 @@ def test_of_equal_scores_the_youngest_goes(called: list[tuple[Any, ...]]) -> Non
         state = mixer(part(inputs, 0, 40), keep=True)[1]
         assert state is not None
         state["slot_score"][:] = torch.tensor([3.0, 1.0, 1.0, 2.0])
-        state["scores"][..., 0] = 1.0
-        state["scores"][:, 0, 0, 0] = torch.nan
+        state["scores"][..., 0] = torch.tensor([1.0, 1.5]).repeat(4)  # of which every other one pushes one of two out
+        state["scores"][:, 0, 6, 0] = torch.nan
         last: State | None = {name: x.double() if x.is_floating_point() else x for name, x in state.items()}
         for at in range(40, 46):
             found, state = mixer(part(inputs, at, at + 1), state, keep=True)
