@@ -153,26 +153,6 @@ def test_rows_that_have_seen_other_numbers_of_tokens(called: list[tuple[Any, ...
     same_state(state, last)
 
 
-def test_what_a_state_is_left_in(called: list[tuple[Any, ...]]) -> None:
-    """In tensors of its own, unless the cache says that it may be written to: then the same numbers, where the old ones were."""
-    mixer = both(replace(DEFAULT, far_rope=False))[0]
-    inputs = tokens(100)
-    with torch.no_grad():
-        state = mixer(part(inputs, 0, 99), keep=True)[1]
-        assert state is not None
-        before = {name: x.clone() for name, x in state.items()}
-        out, after = mixer(part(inputs, 99, 100), state, keep=True)
-        assert after is not None
-        assert all(torch.equal(x, before[name]) for name, x in state.items())
-        again, there = mixer(part(inputs, 99, 100), state, keep=True, in_place=True)
-    assert there is not None
-    assert torch.equal(out, again)
-    for name, x in there.items():
-        assert torch.equal(x, after[name])
-        assert (x is state[name]) == (name != "count")
-    checked(called[-1])
-
-
 def checked(call: tuple[Any, ...]) -> None:
     """What a trace is told of the operator is so."""
     near, far, rotation, hidden, count, held, (maps, terms, learned, more_of), *rest = call
@@ -295,18 +275,19 @@ def test_of_equal_scores_the_youngest_goes(called: list[tuple[Any, ...]]) -> Non
     same_slots(state, last)
 
 
-def test_what_slots_are_left_in(called: list[tuple[Any, ...]]) -> None:
-    """In tensors of their own, unless the cache says otherwise."""
-    mixer = both(replace(BEHIND, **SLOTS[2]))[0]
-    inputs = tokens(60)
+@pytest.mark.parametrize("spec", [replace(DEFAULT, far_rope=False), replace(BEHIND, **SLOTS[2])], ids=["memory", "slots"])
+def test_what_a_state_is_left_in(spec: MixerSpec, called: list[tuple[Any, ...]]) -> None:
+    """In tensors of its own, unless the cache says that it may be written to: then the same numbers, where the old ones were."""
+    mixer = both(spec)[0]
+    inputs = tokens(100)
     with torch.no_grad():
-        state = mixer(part(inputs, 0, 59), keep=True)[1]
+        state = mixer(part(inputs, 0, 99), keep=True)[1]
         assert state is not None
         before = {name: x.clone() for name, x in state.items()}
-        out, after = mixer(part(inputs, 59, 60), state, keep=True)
+        out, after = mixer(part(inputs, 99, 100), state, keep=True)
         assert after is not None
         assert all(torch.equal(x, before[name]) for name, x in state.items())
-        again, there = mixer(part(inputs, 59, 60), state, keep=True, in_place=True)
+        again, there = mixer(part(inputs, 99, 100), state, keep=True, in_place=True)
     assert there is not None
     assert torch.equal(out, again)
     for name, x in there.items():
