@@ -16,9 +16,8 @@ from .native import OPERATORS, OWN, library, takes_frozen
 
 Layer = tuple[list[Tensor], list[float], list[Tensor], list[Tensor | None], list[Tensor | None]]
 Terms = tuple[Tensor | None, ...]
-Read = tuple[
-    Terms, Terms, Terms, list[int]
-]  # maps; terms of the far mass; W, b, rate and gains of learnt scores; heads with more slots
+# maps; terms of the far mass; W, b, rate and gains of learnt scores; which of the heads with more slots each is
+Read = tuple[Terms, Terms, Terms, list[int]]
 HELD = ("k", "v", "far_k", "far", "scores", "slot_k", "slot_v", "slot_score", "more_k", "more_v", "more_score")  # of a state
 FEW = 8  # rows; of more PyTorch's products are faster
 SHAPES: dict[str, Callable[..., Any]] = {  # of what an operator gives, without numbers

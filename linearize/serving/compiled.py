@@ -39,7 +39,7 @@ OPTIONS = {
     "aot_inductor.enable_line_tables": False,
     "cpp.min_chunk_size": SMALL,
 }
-TASK = "compiling one token's step, once for this model: some minutes for 30 layers"
+TASK = "compiling one token's step, once for this model: half a minute, or minutes without kernels"
 PLAIN = ("logits_to_keep", "return_dict")  # keywords of a call that the compiled step answers as well
 
 

@@ -7,9 +7,9 @@
 
 namespace {
 
-constexpr Index MANY = 256;  // slots, which are read in turn by one thread, before others have begun
-constexpr float FLOOR = 1e-3f;  // of attention, before its logarithm; slot_scores.py
-constexpr Index FEW = 8;  // kv heads of all rows that one thread is done with before others have begun
+constexpr float FLOOR = 1e-3f;   // of attention, before its logarithm; slot_scores.py
+constexpr Index MANY = 256;      // exact tokens of a kv head that take longer than others need to begin
+constexpr Index FEW = 8;         // kv heads of all rows that one thread is done with before others have begun
 
 // phi (2 columns) of one x (dim) by W (dim, columns).
 void features_of(const float* x, const float* weight, Index dim, Index columns, std::vector<float>& held, float* phi) {
@@ -239,7 +239,7 @@ void take_head(const HybridStep& s, Index problem) {
 }
 
 void take_step(const HybridStep& s) {
-  const bool many = s.batch * s.groups > FEW || s.slots.size + s.more.size > MANY;
+  const bool many = s.batch * s.groups > FEW || s.window + s.slots.size + s.more.size > MANY;
 #pragma omp parallel for schedule(dynamic, 1) if (many)
   for (Index p = 0; p < s.batch * s.groups; p++) take_head(s, p);
 }
