@@ -96,7 +96,7 @@ class Plan:
                     "cache": self.architecture.cache,
                     "rope": self.architecture.rope_of(self.source.config, i),
                     "method": part.name,
-                    "mixer": part.mixer.to_dict(),
+                    "mixer": part.mixer.stored(),
                     "shape": asdict(self.shape),
                 }
                 for i, part in sorted(self.parts.items())

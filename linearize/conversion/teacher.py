@@ -28,7 +28,7 @@ def teacher_host(model: Any, plan: Mapping[str, Any], teacher: str | None, devic
         loaded, _ = load_source(resolve(where, plan["source"].get("revision")), model.dtype)
     except LinearizeError as error:
         return None, f"no teacher row: {error} (pass --teacher)"
-    near_only = {**plan, "layers": [{**layer, "mixer": _baseline(layer).to_dict()} for layer in plan["layers"]]}
+    near_only = {**plan, "layers": [{**layer, "mixer": _baseline(layer).stored()} for layer in plan["layers"]]}
     return attach(loaded.to(pick_device(device)).eval(), near_only), ""
 
 

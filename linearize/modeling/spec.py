@@ -135,6 +135,11 @@ class MixerSpec:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def stored(self) -> dict[str, Any]:
+        """What a checkpoint's config says of it, for `from_dict`: the fields that are not as by default. transformers copies and
+        prints a config several times while a model loads, so a short one loads sooner."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
     def near_only(self) -> MixerSpec:
         """The same window and sinks with no far memory and no slots: the baseline of every report."""
         return MixerSpec(

@@ -38,7 +38,7 @@ def linearized(base: Any, spec: MixerSpec, layers: Sequence[int] = (0, 1), seed:
     """A converted copy of a tiny decoder with `model.layers.N.self_attn`, its new parameters random."""
     config, total = base.config, base.config.num_hidden_layers
     shape = Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, *[config.head_dim] * 2)
-    mixer = {"mixer": spec.to_dict(), "shape": asdict(shape)}
+    mixer = {"mixer": spec.stored(), "shape": asdict(shape)}
     changed = [{"module": f"model.layers.{i}.self_attn", "cache": "past_key_values", "index": i, **mixer} for i in layers]
     made = linearized_class(type(base).__name__)
     data = {k: v for k, v in config.to_dict().items() if k != "model_type"}
