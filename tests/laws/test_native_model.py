@@ -108,6 +108,44 @@ def test_few_rows_times_a_matrix(depth: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("size", [0.0, 2.0**-98, 1e-3, 1.0, 2.0**100])
+def test_rows_in_bfloat16_keep_their_numbers_beside_weights_in_8_bits(size: float) -> None:
+    """Each by itself, through a diagonal of ones: down to 2^-15 of the row's largest to the bit, below it within 2^-23 of that."""
+    depth = 64 + 37
+    exponents = torch.arange(depth) % 40
+    x = size * torch.stack([(torch.randint(-255, 256, (depth,)) / 128.0).bfloat16() * 2.0**-exponents for _ in range(3)])[None]
+    x[0, :, 0], x[0, 1] = 1.9921875 * size, -x[0, 0]
+    found = matvec(x.bfloat16(), torch.eye(depth).to(torch.int8), None, torch.ones(depth))
+    wanted, largest = x.bfloat16(), x.abs().amax(-1, keepdim=True).float()
+    close = wanted.abs() >= 2.0**-15 * largest
+    assert torch.equal(found[close], wanted[close])
+    assert (found.double() - wanted.double()).abs().max() <= 2.0**-23 * largest.max().double()
+
+
+@needs_kernels
+def test_rows_without_numbers_beside_weights_in_8_bits() -> None:
+    """Of a row with an infinity or none nothing is known, and the others are as they are."""
+    x, weight = torch.randn(1, 4, 70).bfloat16(), torch.randint(-127, 128, (9, 70)).to(torch.int8)
+    alone = matvec(x, weight, None, torch.ones(9))
+    x[0, 1, 3], x[0, 2, 66] = torch.inf, torch.nan
+    found = matvec(x, weight, None, torch.ones(9))
+    assert not found[0, 1:3].isfinite().any()
+    assert torch.equal(found[0, ::3], alone[0, ::3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("depth", [(1 << 20) - 64, (1 << 20) + (1 << 16)])  # of bytes, and where they would be too many
+@pytest.mark.parametrize("sign", [1, -1])
+def test_long_rows_beside_weights_in_8_bits(depth: int, sign: int) -> None:
+    """The largest sums there are."""
+    x = torch.full((1, 1, depth), sign * 1.9921875 * 2.0**-7).bfloat16()
+    x[..., 0] = 1  # by whose steps the middle byte of all others is as large as can be
+    weight = torch.full((4, depth), -128, dtype=torch.int8)
+    weight[2] = 127
+    near(matvec(x, weight, None, torch.ones(4)), x.double() @ weight.double().T)
+
+
+@needs_kernels
 @BOTH
 @pytest.mark.parametrize("eighths", [(), (0, 1, 2), (2,), (1,)], ids=str)
 def test_few_rows_through_a_gate(eighths: tuple[int, ...], dtype: torch.dtype) -> None:

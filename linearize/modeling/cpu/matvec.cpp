@@ -1,13 +1,9 @@
 // PyTorch's own kernels for one row read 7 to 18 GB/s of weights where memory gives two threads 30 to 50.
 #include "matvec.h"
 
-#include <immintrin.h>
-
+#include "planes.h"
 #include "storage.h"
 
-struct Eighth {
-  int8_t steps;
-};
 // GCC widens bytes one by one.
 #ifdef __AVX512F__
 inline Vector load(const Eighth* x) {
@@ -29,6 +25,7 @@ inline float single(Half x) { return storage::widen(x.bits); }
 
 // x . w of so many rows of weights, `apart` numbers from each to the next: two sums a row, so that none waits for the one before.
 struct InFloat {
+  static Index stride(Index depth) { return depth; }
   template <int ROWS, class W>
   static void dot(const float* x, const W* w, Index depth, Index apart, float* found) {
     Vector sums[ROWS][2] = {};
@@ -52,6 +49,7 @@ struct InFloat {
 
 // The same of two in bfloat16, by the processor's own products of pairs: exact ones, added up in float32.
 struct InPairs {
+  static Index stride(Index depth) { return depth; }
 #ifdef __AVX512F__
   template <int ROWS, class W>
   __attribute__((target("avx512bf16"))) static void dot(const Half* x, const W* w, Index depth, Index apart, float* found) {
@@ -90,7 +88,7 @@ void some(const Product& p, const X* x, Index from, Index to) {
   float found[ROWS];
   for (Index n = from; n < from + each; n++)
     for (Index m = 0; m < p.rows; m++) {
-      Dots::template dot<ROWS>(x + m * p.depth, static_cast<const W*>(p.weight) + n * p.depth, p.depth, each * p.depth, found);
+      Dots::template dot<ROWS>(x + m * Dots::stride(p.depth), static_cast<const W*>(p.weight) + n * p.depth, p.depth, each * p.depth, found);
       for (int i = 0; i < ROWS; i++) keep(p, m, n + i * each, found[i]);
     }
   if constexpr (ROWS > 1) some<Dots, 1, W>(p, x, from + each * ROWS, to);
@@ -110,6 +108,12 @@ void let_through(const Product& gate, const Product& up, const Share& own) {
 
 const void* readable(const Product& p, std::vector<float>& held) {
   if (!p.half || paired(p)) return p.x;
+  if (InBytes::takes(p)) {
+    const Index bytes = InBytes::stride(p.depth);
+    auto* rows = reinterpret_cast<uint8_t*>(room(held, p.rows * bytes / sizeof(float)));
+    for (Index m = 0; m < p.rows; m++) InBytes::prepare(static_cast<const Half*>(p.x) + m * p.depth, p.depth, rows + m * bytes);
+    return rows;
+  }
   float* wide = room(held, p.rows * p.depth);
   for (Index i = 0; i < p.rows * p.depth; i++) wide[i] = single(static_cast<const Half*>(p.x)[i]);
   return wide;
@@ -118,6 +122,7 @@ const void* readable(const Product& p, std::vector<float>& held) {
 void multiply(const Product& p, const void* x, const Share& own) {
   const float* wide = static_cast<const float*>(x);
   if (paired(p)) some<InPairs, STREAMS, Half>(p, static_cast<const Half*>(x), own.from, own.to);
+  else if (InBytes::takes(p)) some<InBytes, STREAMS, Eighth>(p, static_cast<const uint8_t*>(x), own.from, own.to);
   else if (p.bits == 8) some<InFloat, STREAMS, Eighth>(p, wide, own.from, own.to);
   else if (p.bits == 16) some<InFloat, STREAMS, Half>(p, wide, own.from, own.to);
   else some<InFloat, STREAMS, float>(p, wide, own.from, own.to);

@@ -22,7 +22,7 @@ struct Share {
 
 void multiply(const Product& p);
 
-// Of a team: x as these rows are multiplied, as it is or in float32; some rows of weights; what a gate lets through of `up`.
+// Of a team: x as these rows are multiplied, as it is, in float32 or in bytes; some rows of weights; what a gate lets through of `up`.
 const void* readable(const Product& p, std::vector<float>& held);
 void multiply(const Product& p, const void* readable, const Share& own);
 void pass(const Product& gate, const Product& up, const Share& own);
