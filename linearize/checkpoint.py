@@ -117,9 +117,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise IntegrityError(f"{MANIFEST} cannot be read", str(directory), "write the checkpoint again") from None
+    root = directory.resolve()
     for name in names:
-        path = directory / name
-        if path.is_symlink() or directory.resolve() not in path.resolve().parents:
+        path = root / name
+        if path.is_symlink() or root not in path.resolve().parents:
             raise IntegrityError(
                 f"{MANIFEST} names a file outside the folder: {name}", str(directory), "do not use this checkpoint"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from linearize.checkpoint import read_config, verify
 from linearize.errors import IntegrityError, UnsupportedError, UsageError
-from linearize.modeling.spec import SCHEMA_VERSION, is_causal
+from linearize.modeling.plans import SCHEMA_VERSION, is_causal
 
 
 def check(directory: Path, hashes: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from linearize.devices import forget_peak, held_memory, machine_memory, peak_mem
 from linearize.evaluation.reading import Reader, Variant
 from linearize.evaluation.timing import in_turn
 from linearize.modeling.native import give_back
+from linearize.modeling.plans import plan_layers
 from linearize.modeling.spec import Shape
 from linearize.progress import Progress, silent
 
@@ -24,7 +25,7 @@ TEACHER_SHARE = 0.25  # of the machine's memory: larger caches of the teacher ar
 
 def kv_bytes(subject: Subject, tokens: int) -> int:
     """Bytes of the keys and values that the unconverted model keeps of so many tokens, in the dtype of its weights."""
-    shape = Shape(**subject.plan["layers"][0]["shape"])
+    shape = Shape(**plan_layers(subject.plan)[0]["shape"])
     layers: int = len(subject.plan["layers"]) + subject.plan["softmax_layers"]
     width = shape.kv_heads * (shape.head_dim + shape.value_dim)
     return tokens * layers * width * int(subject.model.dtype.itemsize)

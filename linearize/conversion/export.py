@@ -22,7 +22,8 @@ from linearize.devices import pick_dtype
 from linearize.errors import IntegrityError, ResourceError, UnsupportedError, UsageError
 from linearize.loading import check_adapter_apart, load
 from linearize.modeling.modeling_linearized import PREFIX, attentions
-from linearize.modeling.spec import MixerSpec, Shape, plan_spec
+from linearize.modeling.plans import plan_layers, plan_spec
+from linearize.modeling.spec import MixerSpec, Shape
 from linearize.opening import check
 from linearize.progress import Progress, silent
 
@@ -115,7 +116,7 @@ def host_of(config: Mapping[str, Any], where: str, to: str) -> Host:
 def specs_of(config: Mapping[str, Any]) -> list[tuple[MixerSpec, Shape]]:
     """The mixers of a checkpoint's layers, each once."""
     plan = config["linearize"]
-    return list(dict.fromkeys(plan_spec(plan, layer) for layer in plan["layers"]))
+    return list(dict.fromkeys(plan_spec(plan, layer) for layer in plan_layers(plan)))
 
 
 def objections(config: Mapping[str, Any], rule: str, to: str) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from linearize.checkpoint import read_manifest
 from linearize.conversion.plan import KV_DTYPE_BYTES, KV_LENGTHS
-from linearize.modeling.spec import is_causal, plan_spec
+from linearize.modeling.plans import is_causal, plan_layers, plan_spec
 from linearize.opening import check
 
 
@@ -16,12 +16,12 @@ def inspect(directory: Path, verify: bool = True) -> dict[str, Any]:
     config = check(directory, hashes=verify)
     plan, files = config["linearize"], read_manifest(directory)["files"].values()
     layers = []
-    for layer in plan["layers"]:
+    for layer in plan_layers(plan):
         spec, shape = plan_spec(plan, layer)
         layers.append(
             {"index": layer["index"], "module": layer["module"], "state_bytes": spec.state_bytes(shape), "mixer": spec.to_dict()}
         )
-    kv = sum(2 * layer["shape"]["kv_heads"] * layer["shape"]["head_dim"] * KV_DTYPE_BYTES for layer in plan["layers"])
+    kv = sum(2 * layer["shape"]["kv_heads"] * layer["shape"]["head_dim"] * KV_DTYPE_BYTES for layer in plan_layers(plan))
     lengths = KV_LENGTHS if is_causal(plan) else ()  # an encoder caches nothing
     return {
         "path": str(directory), "model_type": config["model_type"], "method": plan["method"], "options": plan["options"],

@@ -15,7 +15,8 @@ from linearize.conversion.streaming import Route, route, tokens_at_once
 from linearize.errors import InputError, UnsupportedError
 from linearize.methods import DEFAULT, get, single_names
 from linearize.methods.layout import Place, check_options, layout
-from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
+from linearize.modeling.plans import SCHEMA_VERSION, shared
+from linearize.modeling.spec import MixerSpec, Shape
 
 KV_LENGTHS = (4096, 32768)
 KV_DTYPE_BYTES = 2  # a softmax cache is usually kept in 16 bits; the state is counted in what it is stored in
@@ -89,18 +90,20 @@ class Plan:
             "softmax_layers": self.total - len(self.parts),
             "max_positions": self.max_positions,
             "first_position": self.architecture.first_position(self.source.config),
-            "layers": [
-                {
-                    "index": i,
-                    "module": self.architecture.attention.format(i),
-                    "cache": self.architecture.cache,
-                    "rope": self.architecture.rope_of(self.source.config, i),
-                    "method": part.name,
-                    "mixer": part.mixer.stored(),
-                    "shape": asdict(self.shape),
-                }
-                for i, part in sorted(self.parts.items())
-            ],
+            **shared(
+                [
+                    {
+                        "index": i,
+                        "module": self.architecture.attention.format(i),
+                        "cache": self.architecture.cache,
+                        "rope": self.architecture.rope_of(self.source.config, i),
+                        "method": part.name,
+                        "mixer": part.mixer.stored(),
+                        "shape": asdict(self.shape),
+                    }
+                    for i, part in sorted(self.parts.items())
+                ]
+            ),
             "source": self.source.provenance(),
             "stages": [],
         }

@@ -15,7 +15,7 @@ from linearize.conversion.detection import head
 from linearize.conversion.offload import finite
 from linearize.conversion.streaming import SHARD_BYTES
 from linearize.errors import IntegrityError
-from linearize.modeling.spec import is_causal
+from linearize.modeling.plans import is_causal
 
 
 def save(

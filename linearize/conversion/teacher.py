@@ -16,6 +16,7 @@ from linearize.devices import pick_device
 from linearize.errors import LinearizeError
 from linearize.evaluation.fidelity import window_alone
 from linearize.methods.base import ATTENTION
+from linearize.modeling.plans import plan_layers, shared
 from linearize.modeling.spec import MixerSpec
 
 
@@ -28,7 +29,7 @@ def teacher_host(model: Any, plan: Mapping[str, Any], teacher: str | None, devic
         loaded, _ = load_source(resolve(where, plan["source"].get("revision")), model.dtype)
     except LinearizeError as error:
         return None, f"no teacher row: {error} (pass --teacher)"
-    near_only = {**plan, "layers": [{**layer, "mixer": _baseline(layer).stored()} for layer in plan["layers"]]}
+    near_only = {**plan, **shared([{**layer, "mixer": _baseline(layer).stored()} for layer in plan_layers(plan)])}
     return attach(loaded.to(pick_device(device)).eval(), near_only), ""
 
 

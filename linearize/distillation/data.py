@@ -10,7 +10,7 @@ from linearize import text
 from linearize.documents import Chat, documents, is_teacher
 from linearize.evaluation.recall_rows import mixed
 from linearize.methods.base import Stage
-from linearize.modeling.spec import is_causal
+from linearize.modeling.plans import is_causal
 from linearize.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from linearize.conversion.architectures import ARCHITECTURES, SEPARATE
 from linearize.errors import UsageError
 from linearize.methods.base import Stage
 from linearize.modeling.modeling_linearized import PREFIX
-from linearize.modeling.spec import is_causal
+from linearize.modeling.plans import is_causal
 
 ALPHA_PER_RANK = 2
 

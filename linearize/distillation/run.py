@@ -32,7 +32,7 @@ from linearize.documents import TEACHER, chat_of
 from linearize.errors import InputError, UnsupportedError, UsageError
 from linearize.loading import ADAPTER, check_adapter_apart
 from linearize.methods.base import ATTENTION, KINDS, LONG, LONG_STAGE, Stage
-from linearize.modeling.spec import is_causal
+from linearize.modeling.plans import is_causal, plan_layers
 from linearize.opening import check, need_decoder
 from linearize.progress import Progress, silent
 from linearize.recipe import Recipe, check_layout, recipe_of
@@ -114,7 +114,7 @@ def distill(
     check_layout(made, plan)
     made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
     chosen = stages_for(made, stage, tokens)
-    check_losses(chosen, plan["layers"])
+    check_losses(chosen, plan_layers(plan))
     if made.recall:
         need_decoder(plan, str(directory), "recall rows are")
     sampled, said = wanted_tokens(made.data, chosen), None

@@ -20,6 +20,7 @@ from linearize.distillation.sharding import is_sharded
 from linearize.documents import TEACHER, is_teacher
 from linearize.errors import UsageError
 from linearize.methods.base import Stage
+from linearize.modeling.plans import plan_layers
 from linearize.modeling.spec import Shape
 from linearize.progress import Progress
 from linearize.recipe import count as read_count
@@ -52,7 +53,7 @@ def wanted_tokens(sources: Sequence[str], stages: Sequence[Stage]) -> int:
 
 def batch_rows(plan: dict[str, Any], length: int, tokens: int, itemsize: int) -> int:
     """Documents that are sampled at once: what the keys and values leave room for, and not many more than are wanted."""
-    shapes = [Shape(**layer["shape"]) for layer in plan["layers"]]
+    shapes = [Shape(**layer["shape"]) for layer in plan_layers(plan)]
     each = sum(shape.kv_heads * (shape.head_dim + shape.value_dim) for shape in shapes)
     each = each * (len(shapes) + plan["softmax_layers"]) // len(shapes) * itemsize
     return max(min(int(CACHE_BYTES / (each * length)), ROWS, -(-tokens // length)), 1)

@@ -32,8 +32,9 @@ from .mixer import Mixer
 from .one_layer import layers_in_one_pass
 from .one_pass import in_one_pass
 from .places import Places
+from .plans import is_causal, plan_layers, plan_spec
 from .rows import segment_ids
-from .spec import MixerSpec, is_causal, plan_spec
+from .spec import MixerSpec
 
 PREFIX = "linearized_"
 DECODER_HEADS = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"}
@@ -227,7 +228,7 @@ def install(model: Any, device: torch.device | None = None) -> None:
     ValueError on a plan of another schema.
     """
     plan = model.config.linearize
-    layers = plan.get("layers", [])
+    layers = plan_layers(plan)
     model.linearize_swapped = []
     all_converted = bool(layers) and plan.get("softmax_layers", 0) == 0
     # before the mixers come, and norms that are recorded; layers that stay as they are stay so to the bit

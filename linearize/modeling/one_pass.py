@@ -87,10 +87,11 @@ def in_one_pass(model: nn.Module) -> None:
     known: dict[tuple[str, ...], type[nn.Module]] = {}
     modules: list[Any] = list(model.modules())
     for module in modules:
-        kind = type(module).__module__, type(module).__qualname__, type(getattr(module, "act_fn", None)).__qualname__
+        kind = type(module).__module__, type(module).__qualname__, type(module._modules.get("act_fn")).__qualname__
         if kind not in known:
             known[kind] = _in_one_pass(module)
-        module.__class__ = known[kind]
+        if known[kind] is not type(module):
+            module.__class__ = known[kind]
 
 
 def _in_one_pass(module: nn.Module) -> type[nn.Module]:

@@ -9,8 +9,6 @@ from typing import Any
 from .spec_maps import MAPS, map_width
 from .spec_rules import FADE, rules
 
-SCHEMA_VERSION = 1
-
 RULES = ("additive", "delta", "slots")
 FEATURE_MAPS = tuple(MAPS)
 DECAYS = ("none", "fixed", "key", "head", "channel", "complex")
@@ -136,8 +134,7 @@ class MixerSpec:
         return asdict(self)
 
     def stored(self) -> dict[str, Any]:
-        """What a checkpoint's config says of it, for `from_dict`: the fields that are not as by default. transformers copies and
-        prints a config several times while a model loads, so a short one loads sooner."""
+        """What a checkpoint's config says of it, for `from_dict`: the fields that are not as by default."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
     def near_only(self) -> MixerSpec:
@@ -263,19 +260,6 @@ class MixerSpec:
             "far_v": shape.value_dim if self.conv and self.conv_v else 0,
         }
         return {name: width for name, width in widths.items() if width}
-
-
-def plan_spec(plan: Mapping[str, Any], layer: Mapping[str, Any]) -> tuple[MixerSpec, Shape]:
-    """The mixer spec and shape of one layer of a plan in a checkpoint's config."""
-    version = plan.get("schema")
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"linearize schema {version} is not the one this version reads ({SCHEMA_VERSION})")
-    return MixerSpec.from_dict(layer["mixer"]), Shape(**layer["shape"])
-
-
-def is_causal(plan: Mapping[str, Any]) -> bool:
-    """Whether a plan is a decoder's, which predicts the next token; else it is an encoder's."""
-    return all(layer["mixer"].get("causal", True) for layer in plan["layers"])
 
 
 def int4_width(channels: int) -> int:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, St
 
 from linearize.devices import let_threads_go
 from linearize.loading import load
+from linearize.modeling.plans import plan_layers
 from linearize.modeling.spec import Shape
 from linearize.opening import need_decoder
 from linearize.progress import Progress, silent
@@ -166,7 +167,7 @@ class Generator:
         now, first = time.monotonic(), self._stop.first_token or time.monotonic()
         layers = [layer for layer in cache.layers if getattr(layer, "is_linearize_layer", False)]
         plan = self.model.config.linearize
-        shape = Shape(**plan["layers"][0]["shape"])
+        shape = Shape(**plan_layers(plan)[0]["shape"])
         width = shape.kv_heads * (shape.head_dim + shape.value_dim) * (len(plan["layers"]) + plan["softmax_layers"])
         return {
             "tokens": new,

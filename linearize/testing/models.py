@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.modeling.mixer import Mixer
 from linearize.modeling.modeling_linearized import attentions, linearized_class
-from linearize.modeling.spec import SCHEMA_VERSION, MixerSpec, Shape
+from linearize.modeling.plans import SCHEMA_VERSION, shared
+from linearize.modeling.spec import MixerSpec, Shape
 from linearize.modeling.stream import Inputs
 from linearize.modeling.window import Scores
 
@@ -42,7 +43,7 @@ def linearized(base: Any, spec: MixerSpec, layers: Sequence[int] = (0, 1), seed:
     changed = [{"module": f"model.layers.{i}.self_attn", "cache": "past_key_values", "index": i, **mixer} for i in layers]
     made = linearized_class(type(base).__name__)
     data = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    plan = {"schema": SCHEMA_VERSION, "layers": changed, "softmax_layers": total - len(changed)}
+    plan = {"schema": SCHEMA_VERSION, **shared(changed), "softmax_layers": total - len(changed)}
     torch.manual_seed(seed)
     model = made(made.config_class(**data, linearize=plan))
     model.load_state_dict(base.state_dict(), strict=False)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from linearize.conversion.convert import convert_model
-from linearize.modeling.spec import SCHEMA_VERSION
+from linearize.modeling.plans import SCHEMA_VERSION
 from linearize.testing import tiny_llama
 
 HERE = Path(__file__).resolve().parent

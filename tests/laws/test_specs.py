@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
+from linearize.modeling.plans import plan_layers, shared
 from linearize.modeling.spec import MixerSpec
 from linearize.testing.points import Point, bidirectional_points, method_points, pairwise_points
 
-SCHEMA_1 = {  # fields that a config of schema 1 leaves out have these values: to change one, or drop one, takes another schema
+LEFT_OUT = {  # fields that a config leaves out have these values: to change one, or drop one, takes another schema
     "rule": "additive", "feature_map": "hedgehog", "feature_dim": 0, "tied_maps": False, "max_length": 0, "share_kv": False,
     "scaled": False, "decay": "none", "gate_form": "sigmoid", "gate_rank": 0, "gate_divisor": 16.0, "gate_key": "none",
     "negative": False, "deltas": 1, "rank_one": False, "experts": 0, "active": 0, "coverage": "older", "normalise": True,
@@ -28,8 +30,29 @@ def test_what_a_config_says_is_the_whole_spec(point: Point) -> None:
 
 
 def test_what_a_config_leaves_out_means_the_same_in_every_version() -> None:
-    assert {name: value for name, value in MixerSpec().to_dict().items() if name in SCHEMA_1} == SCHEMA_1
+    assert {name: value for name, value in MixerSpec().to_dict().items() if name in LEFT_OUT} == LEFT_OUT
 
 
 def test_a_field_of_its_own_default_says_nothing() -> None:
     assert MixerSpec().stored() == {}
+
+
+def test_layers_that_share_what_they_say_are_whole_again() -> None:
+    shapes = ({"heads": 4, "kv_heads": 2}, {"heads": 4, "kv_heads": 4})
+    mixers = [point.spec.stored() for point in (*method_points(), *pairwise_points())]
+    layers = [
+        {"index": i, "module": f"layers.{i}", "rope": "half", "method": f"m{i % 2}", "mixer": mixer, "shape": shapes[i % 3 == 0]}
+        for i, mixer in enumerate([{}, *mixers])
+    ]
+    for some in (layers[:0], layers[:1], layers[1:2] * 2, *pairwise(layers), layers):
+        said = json.loads(json.dumps(shared(some)))
+        assert plan_layers(said) == json.loads(json.dumps(list(some)))
+        assert [layer["index"] for layer in said["layers"]] == [layer["index"] for layer in some]
+
+
+def test_what_all_layers_say_is_said_once() -> None:
+    layers = [{"index": i, "module": f"m{i}", "mixer": {"window": 64, "slots": i}, "shape": {"heads": 4}} for i in range(3)]
+    assert shared(layers) == {
+        "common": {"mixer": {"window": 64}, "shape": {"heads": 4}},
+        "layers": [{"index": i, "module": f"m{i}", "mixer": {"slots": i}} for i in range(3)],
+    }
