@@ -40,8 +40,10 @@ def load(directory: str | Path, *, dtype: str = "auto", device: str = "auto", ad
     chosen = pick_dtype(dtype, config.get("dtype", "float32"), where)
     if where.type == "cpu":
         keep_memory()
-    model: Any = made.from_pretrained(path, dtype=chosen)
+    model: Any = made.from_pretrained(path, dtype=chosen)  # in eval mode, on the CPU
     if adapter and (path / ADAPTER).is_dir():
         model.load_adapter(str(path / ADAPTER))
-    model = model.to(where).eval()
+        model.eval()
+    if where != model.device:  # to go through all modules takes milliseconds
+        model = model.to(where)
     return model, AutoTokenizer.from_pretrained(path)

@@ -61,6 +61,6 @@ def _beside(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, An
 
 
 def _whole(common: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry with what is said in common."""
-    nested = {key: _whole(common[key], rest) for key, rest in entry.items() if key in common}
+    """An entry with what is said in common, unless it says otherwise."""
+    nested = {key: _whole(common[key], rest) for key, rest in entry.items() if isinstance(common.get(key), Mapping)}
     return {**common, **entry, **nested}

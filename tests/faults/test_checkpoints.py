@@ -59,7 +59,10 @@ CHECKPOINTS = [
     Fault("tampered weights", 8, "file 'model.safetensors' hash differs", "inspect tiny-default", spoil.tamper),
     Fault("manifest missing", 8, "linearize.json is missing", GENERATE, spoil.remove("tiny-default/linearize.json")),
     Fault("manifest not JSON", 8, "linearize.json cannot be read", GENERATE, spoil.write("tiny-default/linearize.json", b"{")),
-    Fault("manifest that climbs out", 8, "a file outside", GENERATE, spoil.edit("tiny-default/linearize.json", files={"../x": {}})),
+    *(
+        Fault(f"manifest with {name}", 8, "a file outside", GENERATE, spoil.edit("tiny-default/linearize.json", files={name: {}}))
+        for name in ("../x", "..", ".", "in/../../x", "/etc/hostname")
+    ),
     Fault("file missing", 8, "tokenizer.json' is missing", GENERATE, spoil.remove("tiny-default/tokenizer.json")),
     Fault("unknown mixer field", 8, "unknown mixer field 'wings'", GENERATE, spoil.plan(layers=[LAYER])),
 ]  # fmt: skip

@@ -56,3 +56,8 @@ def test_what_all_layers_say_is_said_once() -> None:
         "common": {"mixer": {"window": 64}, "shape": {"heads": 4}},
         "layers": [{"index": i, "module": f"m{i}", "mixer": {"slots": i}} for i in range(3)],
     }
+
+
+def test_a_layer_may_say_otherwise() -> None:
+    said = {"common": {"rope": "half", "mixer": {"window": 64}}, "layers": [{"index": 0, "rope": "pairs", "mixer": {"window": 8}}]}
+    assert plan_layers(said) == [{"index": 0, "rope": "pairs", "mixer": {"window": 8}}]
