@@ -24,7 +24,7 @@ Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {
     "tokens": (1, 1e15), "lr": (1e-9, 10), "mixer_lr": (0, 10), "rank": (1, 4096), "dropout": (0, 0.9), "temperature": (0.01, 100),
     "far_weight": (0.01, 1000), "window_min": (0, 1e9), "window_dropout": (0, 0.9), "slot_share": (0.001, 1),
-    "sequence": (0, 1e9), "batch": (1, 1e6), "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
+    "slot_share_min": (0, 1), "sequence": (0, 1e9), "batch": (1, 1e6), "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
 }  # fmt: skip
 
 
@@ -139,7 +139,10 @@ def _stages(given: Any, own: Mapping[str, Stage], where: str) -> tuple[Stage, ..
         base = own.get(kind) or (LONG_STAGE if kind == LONG else Stage(kind, 1_000_000, 1e-2 if kind == ATTENTION else 1e-4))
         if not isinstance(said or {}, Mapping):
             raise InputError(f"stage {kind} must have keys of its own", where, "stages: {attention: {tokens: 500k}}")
-        found.append(replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))
+        found.append(stage := replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))
+        if stage.slot_share_min > stage.slot_share:
+            said_min, fix = f"slot_share_min {stage.slot_share_min:g} is more than slot_share", f"at most {stage.slot_share:g}"
+            raise InputError(said_min, f"{where}: stages.{kind}", fix)
     order = [KINDS.index(stage.kind) for stage in found]
     if order != sorted(order):
         raise InputError("stages are not in order", where, f"in this order: {', '.join(KINDS)}")

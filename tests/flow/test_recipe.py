@@ -97,6 +97,7 @@ def test_a_head_takes_no_adapter(folder: Path, tmp_path: Path) -> None:
         ({}, ["stages"], "not key=value", "--set"),
         ({"method": "liger"}, [], "method liger, the checkpoint's is default", "--method liger"),
         ({"sequence": 3}, [], "at least 8", "1024"),
+        ({"stages": {"lora": {"slot_share": 0.25, "slot_share_min": 0.5}}}, [], "slot_share_min 0.5 is more", "at most 0.25"),
         ({"options": ["window"]}, [], "options cannot be", "window: 128"),
     ],
 )
