@@ -19,9 +19,10 @@ def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
     plan = config.get("linearize")
     if not plan:
         raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
-    if int(plan.get("schema", 0)) > SCHEMA_VERSION:
+    version = plan.get("schema")
+    if isinstance(version, int) and version > SCHEMA_VERSION:  # what is none at all is said where the plan is read
         raise IntegrityError(
-            f"schema {plan['schema']} is newer than this version reads ({SCHEMA_VERSION})",
+            f"schema {version} is newer than this version reads ({SCHEMA_VERSION})",
             str(directory),
             "pip install -U linearize",
         )

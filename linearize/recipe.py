@@ -140,9 +140,10 @@ def _stages(given: Any, own: Mapping[str, Stage], where: str) -> tuple[Stage, ..
         if not isinstance(said or {}, Mapping):
             raise InputError(f"stage {kind} must have keys of its own", where, "stages: {attention: {tokens: 500k}}")
         found.append(stage := replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))
-        if stage.slot_share_min > stage.slot_share:
-            said_min, fix = f"slot_share_min {stage.slot_share_min:g} is more than slot_share", f"at most {stage.slot_share:g}"
-            raise InputError(said_min, f"{where}: stages.{kind}", fix)
+        low, high, least = stage.slot_share_min, stage.slot_share, BOUNDS["slot_share"][0]
+        if low and not least <= low <= high:
+            what = f"slot_share_min must be 0, or lie between {least:g} and slot_share, got {low:g}"
+            raise InputError(what, f"{where}: stages.{kind}", f"slot_share_min: {high / 2:g}")
     order = [KINDS.index(stage.kind) for stage in found]
     if order != sorted(order):
         raise InputError("stages are not in order", where, f"in this order: {', '.join(KINDS)}")

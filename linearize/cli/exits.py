@@ -113,7 +113,7 @@ def first_line(error: BaseException) -> str:
 def raised_by_a_plan(error: BaseException) -> bool:
     """Whether reading a checkpoint's mixer specs, which may raise only built-in exceptions, raised this one."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).parts[-2:] == ("modeling", "spec.py")
+    return bool(frames) and Path(frames[-1].filename).parts[-2:] in (("modeling", "spec.py"), ("modeling", "plans.py"))
 
 
 def internal(error: BaseException, debug: bool) -> int:

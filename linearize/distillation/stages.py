@@ -68,9 +68,10 @@ def drawn_share(stage: Stage) -> float:
 
 @contextmanager
 def narrowed(mixers: list[Mixer], stage: Stage) -> Iterator[None]:
-    """Mixers with a drawn window, the same for all of one size, and a drawn share of their slots, so that the memory is used.
+    """Mixers with a drawn window, the same for all of one size, and one drawn share of their slots, so that the memory is used.
 
     With a share s of the slots, and scores that fade 1 / s times as fast, a row of T tokens loses what one of T / s would.
+    In stage attention each layer draws for itself, in the others all of a process draw as one.
     """
     kept, share = [mixer.spec for mixer in mixers], drawn_share(stage)
     drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec in kept})}

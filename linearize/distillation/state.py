@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from linearize.checkpoint import staged, verify
 from linearize.errors import InputError, IntegrityError
+from linearize.methods.base import Stage
+
+# what states say nothing of that were saved before there was such a field
+UNSAID = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(Stage) if f.default is not MISSING}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -67,6 +72,8 @@ def latest_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """InputError if a resumed run would not go on as it began."""
+    if "stages" in saved:
+        saved = {**saved, "stages": [{**UNSAID, **stage} for stage in saved["stages"]]}
     for key, value in now.items():
         if saved.get(key) != value:
             raise InputError(

@@ -53,7 +53,8 @@ def takes_step(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> b
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x (..., K) W^T + b (..., N), summed in float32 and rounded once; W (N, K), in int8 with a scale (N,) for each row.
 
-    Beside int8 numbers of x in bfloat16 are exact down to 2^-15 of their row's largest, and within 2^-23 of that below it.
+    Beside int8 numbers of x in bfloat16 are exact down to 2^-15 of their row's largest, and within 2^-23 of that below it
+    (or 2^-123, if that is more).
     """
     found: Tensor = _made("matvec")(x.contiguous(), weight, scale, bias)
     return found

@@ -22,7 +22,7 @@ def shared(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def plan_layers(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The layers of a plan, whole: `shared`, back."""
+    """The layers of a plan, whole: `shared`, back. To be read only: they hold mappings of the plan's own."""
     return [_whole(plan.get("common", {}), layer) for layer in plan.get("layers", ())]
 
 

@@ -90,6 +90,16 @@ def truncate(path: str) -> Spoil:
     return lambda: write(path, Path(path).read_bytes()[:-1])()
 
 
+def link(path: str) -> Spoil:
+    """In place of a file, a link to it elsewhere."""
+
+    def spoil() -> None:
+        away = Path(path).rename(Path("away").absolute())
+        Path(path).symlink_to(away)
+
+    return spoil
+
+
 def rewrite_header(change: Callable[[dict[str, Any]], None]) -> Spoil:
     """The model's weights with another header before the same bytes."""
 

@@ -63,7 +63,12 @@ CHECKPOINTS = [
         Fault(f"manifest with {name}", 8, "a file outside", GENERATE, spoil.edit("tiny-default/linearize.json", files={name: {}}))
         for name in ("../x", "..", ".", "in/../../x", "/etc/hostname")
     ),
+    Fault("a link in the folder", 8, "a file outside.*: model.safetensors", GENERATE, spoil.link("tiny-default/model.safetensors")),
     Fault("file missing", 8, "tokenizer.json' is missing", GENERATE, spoil.remove("tiny-default/tokenizer.json")),
+    *(
+        Fault(f"schema {version}", 8, f"schema {version} is not one that", GENERATE, spoil.plan(schema=version))
+        for version in (0, "two", None)
+    ),
     Fault("unknown mixer field", 8, "unknown mixer field 'wings'", GENERATE, spoil.plan(layers=[LAYER])),
 ]  # fmt: skip
 VERBS = ("inspect {}", "chat {}", "generate {} --prompt a", "eval {}", "distill {}")

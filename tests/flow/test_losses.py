@@ -205,7 +205,7 @@ def test_a_share_of_the_slots_is_a_mixer_with_fewer_whose_scores_fade_faster(sco
         assert torch.equal(mixer(inputs)[0], before)
 
 
-def test_shares_of_the_slots_are_drawn_evenly_by_factors_and_given_to_all_mixers_of_a_step() -> None:
+def test_shares_of_the_slots_are_drawn_evenly_by_factors_and_one_narrows_all_mixers() -> None:
     stage = replace(STAGE, slot_share=0.5, slot_share_min=0.125)
     torch.manual_seed(0)
     shares = [drawn_share(stage) for _ in range(400)]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from linearize.conversion.convert import convert
 from linearize.distillation import loop, stages
 from linearize.distillation.layer_losses import LayerCall
 from linearize.distillation.run import distill
-from linearize.distillation.state import states
+from linearize.distillation.state import check_same, states
 from linearize.errors import InputError, ResourceError, TrainingError, UsageError
+from linearize.methods.base import Stage
 
 LENGTH, STEPS = 32, 40
 HERE = Path(__file__).parent
@@ -76,6 +78,15 @@ def undisturbed(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
         return output
 
     return made
+
+
+def test_a_state_from_before_a_field_was_goes_on_where_the_field_is_as_by_default() -> None:
+    stage = {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(Stage("lora", 100, 1e-4)).items()}
+    older = {key: x for key, x in stage.items() if key not in ("slot_share_min", "targets")}
+    check_same({"stages": [older]}, {"stages": [stage]})
+    for changed in ({**stage, "slot_share_min": 0.125}, {**stage, "lr": 1e-3}):
+        with pytest.raises(InputError, match="the run was begun with stages"):
+            check_same({"stages": [older]}, {"stages": [changed]})
 
 
 CASES = [(1, (0, 0, 27), ()), (1, (0, 1, 27), ()), (2, (1, 1, 27), ()), (2, (1, 1, 27), ("--shard", "--gradient-checkpointing"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from linearize.testing.families import tiny_family
 from linearize.testing.laws import EXACT, assert_close
 
 CHECKS = ("test_schema", "test_faketensor")
+FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 BOUND = {torch.float32: EXACT[torch.float32], torch.bfloat16: 2.0**-8}  # half a unit in the last place, of each number
 
@@ -108,18 +110,28 @@ def test_few_rows_times_a_matrix(depth: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [0.0, 2.0**-98, 1e-3, 1.0, 2.0**100])
+@pytest.mark.parametrize("size", [0.0, 2.0**-124, 2.0**-112, 2.0**-98, 1e-3, 1.0, 2.0**100])
 def test_rows_in_bfloat16_keep_their_numbers_beside_weights_in_8_bits(size: float) -> None:
-    """Each by itself, through a diagonal of ones: down to 2^-15 of the row's largest to the bit, below it within 2^-23 of that."""
+    """Each by itself, times one: to the bit down to 2^-15 of the row's largest, else within 2^-23 of that, or 2^-123."""
     depth = 64 + 37
     exponents = torch.arange(depth) % 40
     x = size * torch.stack([(torch.randint(-255, 256, (depth,)) / 128.0).bfloat16() * 2.0**-exponents for _ in range(3)])[None]
     x[0, :, 0], x[0, 1] = 1.9921875 * size, -x[0, 0]
     found = matvec(x.bfloat16(), torch.eye(depth).to(torch.int8), None, torch.ones(depth))
     wanted, largest = x.bfloat16(), x.abs().amax(-1, keepdim=True).float()
-    close = wanted.abs() >= 2.0**-15 * largest
+    close = wanted.abs() >= (2.0**-15 * largest).clamp(min=2.0**-115)
     assert torch.equal(found[close], wanted[close])
-    assert (found.double() - wanted.double()).abs().max() <= 2.0**-23 * largest.max().double()
+    assert (found.double() - wanted.double()).abs().max() <= max(2.0**-23 * float(largest.max()), 2.0**-123)
+
+
+@needs_kernels
+@pytest.mark.skipif("avx512_vnni" not in FLAGS, reason="the processor multiplies no bytes")
+def test_bytes_are_multiplied_where_the_processor_does() -> None:
+    """A sum that is exact in whole numbers, and loses its middle in float32."""
+    x, weight = torch.zeros(1, 1, 192), torch.zeros(3, 192, dtype=torch.int8)
+    x[0, 0, ::64] = torch.tensor([255, 2.0**-12, 255])
+    weight[:, ::64] = torch.tensor([127, 1, -127], dtype=torch.int8)
+    assert matvec(x.bfloat16(), weight, None, torch.ones(3)).tolist() == [[[2.0**-12] * 3]]
 
 
 @needs_kernels

@@ -13,9 +13,11 @@ struct Eighth {
 };
 
 // A row is its step, a power of two, and from HEAD on a plane of bytes for each of LOW, MIDDLE and HIGH: x = (u - 2^23) step, where u
-// is exact unless x is below 2^-15 of the row's largest number, and within 2^-23 of that one else. Sums of products are exact.
+// is exact unless x is below 2^-15 of the row's largest number, and within 2^-23 of that one else, but no step is below 2^-122. Sums
+// of a lane's products are exact; lanes, and the planes in each, are added up in float32.
 struct InBytes {
   static constexpr Index HEAD = 64, STEP = 64, MOST = 1 << 20;  // of MOST products none of the sums leaves 32 bits
+  static constexpr int BIAS = 127, LEAST = -100;  // of exponents; with lesser ones 1 / step were infinite
   static Index plane(Index depth) { return (depth + STEP - 1) / STEP * STEP; }
   static Index stride(Index depth) { return HEAD + 3 * plane(depth); }
 #ifdef __AVX512F__
@@ -30,8 +32,8 @@ struct InBytes {
     __m512i largest = _mm512_setzero_si512();  // as bits: of numbers that are none as well
     for (Index k = 0; k < depth; k += 16)
       largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(wide(x + k, depth - k))));
-    const int exponent = std::max<int>(_mm512_reduce_max_epu32(largest) >> 23, 27) - 127, none = 128;
-    const float step = exponent == none ? NAN : std::ldexp(1.0f, exponent - 22);
+    const int exponent = std::max<int>((_mm512_reduce_max_epu32(largest) >> 23) - BIAS, LEAST);
+    const float step = exponent > BIAS ? NAN : std::ldexp(1.0f, exponent - 22);
     std::memcpy(row, &step, sizeof step);
     const __m512 steps = _mm512_set1_ps(std::ldexp(1.0f, 22 - exponent));
     uint8_t* into = row + HEAD;
