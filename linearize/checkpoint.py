@@ -17,16 +17,26 @@ MANIFEST, CARD = "linearize.json", "README.md"  # the card is the user's to edit
 
 
 def check_target(output: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Refuse an output folder that holds something, or that is the source or lies inside it (UsageError)."""
+    """Refuse an output folder that holds something, or that is the source or lies inside it (UsageError).
+
+    `overwrite` is for folders that have a manifest: others hold what linearize did not write.
+    """
     where = output.resolve()
     if source is not None and (where == source or source in where.parents):
         raise UsageError("the output is the source folder or lies inside it", str(output), "choose another folder with -o")
     if output.is_file():
         raise UsageError("the output is a file", str(output), "choose a folder with -o")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        files = sum(1 for p in output.rglob("*") if p.is_file())
-        raise UsageError(f"the output folder exists ({files} files)", str(output), f"--overwrite, or -o {output}-2")
+    if output.is_dir() and any(output.iterdir()):
+        ours, files = (output / MANIFEST).is_file(), sum(1 for p in output.rglob("*") if p.is_file())
+        if not overwrite:
+            fix = f"--overwrite, or -o {output}-2" if ours else f"-o {output}-2"
+            raise UsageError(f"the output folder exists ({files} files)", str(output), fix)
+        if not ours:
+            what = f"--overwrite deletes checkpoints only, and the output folder is none ({files} files)"
+            raise UsageError(what, str(output), f"-o {output}-2")
     parent = next(p for p in (where, *where.parents) if p.exists())
+    if not parent.is_dir():
+        raise UsageError("the output would lie in a file", str(parent), "choose another folder with -o")
     if not os.access(parent, os.W_OK):
         raise ResourceError("the output folder cannot be written", str(parent), "choose another folder with -o")
 

@@ -17,7 +17,7 @@ def check(directory: Path, hashes: bool = False) -> dict[str, Any]:
         raise UsageError("no such folder", str(directory), "linearize convert MODEL makes one")
     config = read_config(directory / "config.json")
     plan = config.get("linearize")
-    if not plan:
+    if not isinstance(plan, dict) or not plan:
         raise UnsupportedError("this is not a linearized checkpoint", str(directory), f"linearize convert {directory}")
     version = plan.get("schema")
     if isinstance(version, int) and version > SCHEMA_VERSION:  # what is none at all is said where the plan is read

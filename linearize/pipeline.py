@@ -31,7 +31,18 @@ from linearize.evaluation.harness import harness, need_harness
 from linearize.evaluation.plots import need_plots
 from linearize.evaluation.reading import Variant
 from linearize.evaluation.recall import Grid
-from linearize.evaluation.report import MEASURED, REPORT, Entry, as_json, measured_before, render, weights_of, write_atomically
+from linearize.evaluation.report import (
+    COMPARISON,
+    MEASURED,
+    REPORT,
+    Entry,
+    as_json,
+    check_page,
+    measured_before,
+    render,
+    weights_of,
+    write_atomically,
+)  # fmt: skip
 from linearize.evaluation.speed import LENGTHS
 from linearize.evaluation.texts import Texts, read_texts
 from linearize.loading import load
@@ -129,6 +140,9 @@ def report(
     where the page and the cards are, and the evaluations.
     """
     need_plots()
+    page = output or directories[0] / (REPORT if len(directories) == 1 else COMPARISON)
+    if output is not None:
+        check_page(output)
     plans = [check(directory)["linearize"] for directory in directories]
     asked = {key: settings.get(key) for key in ALIKE}
     before = [None if again else measured_before(directory) for directory in directories]
@@ -144,7 +158,7 @@ def report(
         if entries and found.get("text_hash") != entries[0].found.get("text_hash"):
             raise UsageError("measured on other tokens", f"{directory}, {directories[0]}", "--data and --held-out the same for all")
         entries.append(Entry.of(directory, found))
-    page = write_atomically(output or directories[0] / REPORT, render(entries))
+    write_atomically(page, render(entries))
     return {"page": str(page), "cards": cards, "evaluations": [entry.found for entry in entries]}
 
 

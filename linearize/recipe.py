@@ -92,6 +92,8 @@ def recipe_of(
         given["stages"] = {kind: {} for kind in own}
     for pair in sets:
         _set(given, pair)
+    if given["method"] != said:
+        raise InputError(f"a method is not set, it is {said}", "--set method", "leave it out, or convert by another recipe")
     return _typed(given, own, where)
 
 
@@ -163,7 +165,7 @@ def _fields(made: type[Any], given: Mapping[str, Any], where: str, apart: tuple[
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
-            raise _unknown(str(key), known, where, "key")
+            raise _unknown(str(key), [*known, *(("stages",) if made is Recipe else ())], where, "key")
         found[key] = _value(str(key), value, hints[key], where)
     return found
 

@@ -93,6 +93,8 @@ def translate(error: BaseException) -> tuple[int, str, str] | None:
         return 3, first_line(error), "shorten the text, or convert again with a larger --set max_length=N"
     if isinstance(error, ValueError) and "learned positions" in str(error):
         return 3, first_line(error), "shorten the text; for distill, a smaller --sequence"
+    if isinstance(error, ValueError) and str(error).startswith("LINEARIZE_BACKEND"):
+        return 2, first_line(error), "set another, or unset it"
     if isinstance(error, ValueError) and raised_by_a_plan(error):
         return 8, f"the checkpoint's plan cannot be read: {first_line(error)}", "write it again: linearize convert MODEL"
     return None
@@ -101,7 +103,12 @@ def translate(error: BaseException) -> tuple[int, str, str] | None:
 def usage(error: Any) -> tuple[int, str, str]:
     """A mistake in flags, as typer words it."""
     path = getattr(getattr(error, "ctx", None), "command_path", "linearize")
-    what, _, guess = error.format_message().replace("(Possible options: ", "Did you mean ").partition("Did you mean")
+    what, _, guess = (
+        error.format_message()
+        .replace("(Possible options: ", "Did you mean ")
+        .replace("Value error, ", "")
+        .partition("Did you mean")
+    )
     what, guess = what.strip().rstrip("."), guess.strip().rstrip("?)")
     return 2, what[:1].lower() + what[1:], f"did you mean {guess}?" if guess else f"see: {path} --help"
 

@@ -24,7 +24,14 @@ Compare = Annotated[
 ]
 Page = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="The page.", rich_help_panel=flags.OUTPUT, show_default="DIR/report.html"),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The page.",
+        rich_help_panel=flags.OUTPUT,
+        show_default="DIR/report.html, of several DIR/comparison.html",
+    ),
 ]
 
 

@@ -83,6 +83,11 @@ def load_source(
         auto = getattr(transformers, auto_class(source.config, source.id))
         model = auto.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
+    except ValueError as error:
+        if "tokenizer" not in str(error):
+            raise
+        fix = "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
+        raise InputError("no tokenizer can be read", where, fix) from error
     except OSError as error:
         if source.format != "hub":
             raise IntegrityError("the model cannot be loaded", where, str(error).splitlines()[0]) from error

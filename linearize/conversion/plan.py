@@ -14,7 +14,7 @@ from linearize.conversion.sources import Source, resolve
 from linearize.conversion.streaming import Route, route, tokens_at_once
 from linearize.errors import InputError, UnsupportedError
 from linearize.methods import DEFAULT, get, single_names
-from linearize.methods.layout import Place, check_options, layout
+from linearize.methods.layout import Place, check_mentioned, check_options, layout
 from linearize.modeling.plans import SCHEMA_VERSION, shared
 from linearize.modeling.spec import MixerSpec, Shape
 
@@ -179,6 +179,7 @@ def plan_for(source: Source, method: str, layers: str | None, options: Mapping[s
     chosen = select_layers(layers, family, source.config)
     shape, sliding = family.shape(source.config), family.sliding(source.config)
     norm_eps = float(source.config.get("rms_norm_eps", 1e-6))
+    check_mentioned(options, len(sliding))
     parts = {}
     for i, layer in enumerate(chosen):
         places = layout(method, options, start, layer)

@@ -13,9 +13,10 @@ import torch
 from linearize.conversion.convert import attach, load_source
 from linearize.conversion.sources import resolve
 from linearize.devices import pick_device
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, UnsupportedError
 from linearize.evaluation.fidelity import window_alone
 from linearize.methods.base import ATTENTION
+from linearize.modeling.modeling_linearized import PREFIX
 from linearize.modeling.plans import plan_layers, shared
 from linearize.modeling.spec import MixerSpec
 
@@ -28,9 +29,24 @@ def teacher_host(model: Any, plan: Mapping[str, Any], teacher: str | None, devic
         where = teacher or _provenance(plan["source"])
         loaded, _ = load_source(resolve(where, plan["source"].get("revision")), model.dtype)
     except LinearizeError as error:
+        if teacher is not None:
+            raise
         return None, f"no teacher row: {error} (pass --teacher)"
+    check_alike(model.config, loaded.config, where)
     near_only = {**plan, **shared([{**layer, "mixer": _baseline(layer).stored()} for layer in plan_layers(plan)])}
     return attach(loaded.to(pick_device(device)).eval(), near_only), ""
+
+
+def check_alike(own: Any, other: Any, where: str) -> None:
+    """UnsupportedError for a teacher of another family or size than the checkpoint's model."""
+    told = [(own.model_type.removeprefix(PREFIX), other.model_type)]
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        mine, theirs = (f"{key} {getattr(config.get_text_config(), key, None)}" for config in (own, other))
+        told.append((mine, theirs))
+    for mine, theirs in told:
+        if mine != theirs:
+            fix = "--teacher the model that was converted"
+            raise UnsupportedError(f"the teacher has {theirs}, the checkpoint {mine}", where, fix)
 
 
 def _provenance(source: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.conversion.architectures import ARCHITECTURES, SEPARATE
 from linearize.errors import UsageError
@@ -23,10 +23,9 @@ def add_adapter(model: Any, stage: Stage, seed: int) -> Any:
     """A peft model whose adapters sit on the stage's targets (q, k, v, o by default) of every converted layer."""
     import torch
 
-    family = ARCHITECTURES.get(model.config.model_type.removeprefix(PREFIX))
     modules = [layer["module"] for layer in model.config.linearize["layers"]]
-    known = dict(family.projections) if family else found_projections(model.get_submodule(modules[0]))
-    check_targets(stage, known, model)
+    known = projections(model)
+    check_targets(stage, model)
     names = list(dict.fromkeys(f"{module}.{known[letter]}" for module in modules for letter in stage.targets or known))
     task = "CAUSAL_LM" if is_causal(model.config.linearize) else None  # peft has none for masked language models
     config = LoraConfig(
@@ -49,15 +48,17 @@ def load_adapter(model: Any, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def found_projections(attention: nn.Module) -> dict[str, str]:
-    """Letters and names of the projections of a family that has no entry: those with the usual names."""
-    there = {name for name, _ in attention.named_children()}
+def projections(model: Any) -> dict[str, str]:
+    """Letters and names of the projections of a model's attention; of a family that has no entry those with the usual names."""
+    if family := ARCHITECTURES.get(model.config.model_type.removeprefix(PREFIX)):
+        return dict(family.projections)
+    there = {name for name, _ in model.get_submodule(model.config.linearize["layers"][0]["module"]).named_children()}
     return {letter: name for letter, name in SEPARATE.items() if name in there}
 
 
-def check_targets(stage: Stage, known: Mapping[str, str], model: Any) -> None:
+def check_targets(stage: Stage, model: Any) -> None:
     """UsageError for a target that is no projection of attention, an output head above all."""
-    where = f"stages.{stage.kind}.targets"
+    known, where = projections(model), f"stages.{stage.kind}.targets"
     for letter in stage.targets:
         if letter in known:
             continue

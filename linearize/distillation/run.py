@@ -141,6 +141,8 @@ def distill(
     if sequence_parallel:
         check_sharing(model, accelerator.num_processes, {one.kind: rows.length(one) for one in chosen})
     teller = progress if accelerator.is_main_process else silent
+    for one in chosen:
+        lora.check_targets(one, model)
     check_begun(run, streaming, resume, overwrite)
     check_run(run, resume, overwrite, facts)
     if sampled:

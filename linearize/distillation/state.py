@@ -72,12 +72,17 @@ def latest_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """InputError if a resumed run would not go on as it began."""
-    if "stages" in saved:
-        saved = {**saved, "stages": [{**UNSAID, **stage} for stage in saved["stages"]]}
-    for key, value in now.items():
-        if saved.get(key) != value:
-            raise InputError(
-                f"the run was begun with {key} {saved.get(key)}, not {value}",
-                "--resume",
-                f"give it {key} {saved.get(key)}, or begin anew with --overwrite",
-            )
+    before = _flat(saved)
+    for key, value in _flat(now).items():
+        if before.get(key) != value:
+            what = f"the run was begun with {key} {before.get(key)}, not {value}"
+            raise InputError(what, "--resume", f"give it {key} {before.get(key)}, or begin anew with --overwrite")
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with a key for each field of each stage, as recipes name them."""
+    if "stages" not in facts:
+        return dict(facts)
+    stages = [{**UNSAID, **stage} for stage in facts["stages"]]
+    fields_ = {f"stages.{stage['kind']}.{key}": x for stage in stages for key, x in stage.items()}
+    return {**facts, "stages": ", ".join(stage["kind"] for stage in stages), **fields_}

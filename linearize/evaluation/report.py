@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint import read_manifest
+from linearize.errors import UsageError
 from linearize.evaluation import plots
 from linearize.evaluation.card import number, spread
 
-MEASURED, REPORT = "evaluation.json", "report.html"
+MEASURED, REPORT, COMPARISON = "evaluation.json", "report.html", "comparison.html"
+OURS = '<meta name="generator" content="linearize">'
 METRICS, RECIPE = "metrics.jsonl", "recipe.json"
 Table = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -43,6 +45,16 @@ class Entry:
     @property
     def environment(self) -> str:
         return json.dumps(self.found.get("environment", {}), indent=2, ensure_ascii=False)
+
+
+def check_page(page: Path) -> None:
+    """UsageError where a page cannot be written, or would take the place of something that is none of ours."""
+    if page.is_dir():
+        raise UsageError("the page is a folder", str(page), f"-o {page / REPORT}")
+    if not page.resolve().parent.is_dir():
+        raise UsageError("no such folder", str(page.parent), "make it, or choose another file with -o")
+    if page.exists() and OURS not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise UsageError("the file exists and is no report", str(page), "choose another file with -o")
 
 
 def write_atomically(path: Path, text: str) -> Path:

@@ -66,9 +66,22 @@ def of_layer(options: Mapping[str, Any], layer: int | None) -> dict[str, Any]:
 
 def check_options(name: str, options: Mapping[str, Any] | None, start: str = CALIBRATED) -> None:
     """Say what is wrong with a method or its options, those of single layers too, before any model is looked at."""
-    mentioned = {layer for key in options or {} if "@" in key for layer in listed_layers(key, key.partition("@")[2])}
+    mentioned = {layer for _, layer in _mentioned(options or {})}
     for layer in (None, *sorted(mentioned)):
         layout(name, options, start, layer)
+
+
+def check_mentioned(options: Mapping[str, Any], count: int) -> None:
+    """InputError where an option is one of a layer that a model with so many does not have."""
+    for key, layer in _mentioned(options):
+        if layer >= count:
+            what = f"{key} names layer {layer}, and the model has layers 0–{count - 1}"
+            raise InputError(what, "--set", f"{key.partition('@')[0]}@0-{count - 1}=VALUE, or fewer layers")
+
+
+def _mentioned(options: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Options of single layers, each with each of its layers."""
+    return [(key, layer) for key in options if "@" in key for layer in listed_layers(key, key.partition("@")[2])]
 
 
 def alike(name: str, options: Mapping[str, Any], other: Mapping[str, Any], layers: Iterable[int]) -> bool:

@@ -127,6 +127,12 @@ def lose_a_shard() -> None:
     Path("tiny/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
 
 
+def bare() -> None:
+    """A model without any of its tokenizer's files."""
+    for path in Path("tiny").glob("*token*"):
+        path.unlink()
+
+
 def pickle_only() -> None:
     """Weights that would run a command when unpickled."""
     Path("tiny/model.safetensors").unlink()

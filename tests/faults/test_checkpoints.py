@@ -38,6 +38,7 @@ CONFIGS = [
     Fault(
         "longer than max_length", 3, "more than 16 tokens", "convert tiny --method cosformer --set max_length=16", fix="max_length"
     ),
+    Fault("no tokenizer", 3, "no tokenizer can be read", "convert tiny -o new", spoil.bare, fix="tokenizer.json"),
     Fault("already linearized", 4, r"already a linearized checkpoint \(default\)", "convert tiny-default", fix="distill"),
 ]
 WEIGHTS = [
@@ -69,6 +70,7 @@ CHECKPOINTS = [
         Fault(f"schema {version}", 8, f"schema {version} is not one that", GENERATE, spoil.plan(schema=version))
         for version in (0, "two", None)
     ),
+    Fault("plan a list", 4, "not a linearized checkpoint", GENERATE, spoil.edit("tiny-default/config.json", linearize=[1])),
     Fault("unknown mixer field", 8, "unknown mixer field 'wings'", GENERATE, spoil.plan(layers=[LAYER])),
 ]  # fmt: skip
 VERBS = ("inspect {}", "chat {}", "generate {} --prompt a", "eval {}", "distill {}")

@@ -44,6 +44,7 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Raise:
         (OSError(errno.ENOSPC, "No space left on device", "/full/a.txt"), 5, "error: No space left on device: /full/a.txt"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 5, "error: Permission denied: /root/x"),
         (MemoryError(), 5, "error: out of memory"),
+        (ValueError("LINEARIZE_BACKEND must be one of auto, got 'x'"), 2, "error: LINEARIZE_BACKEND must be one of auto, got 'x'"),
         (SafetensorError("invalid header"), 8, "error: weights cannot be read: invalid header"),
     ],
     ids=lambda value: type(value).__name__,

@@ -52,12 +52,27 @@ USAGE = [
     Fault("missing device", 5, "device 'cuda:77' is not available", "convert tiny -o new --device cuda:77", fix="--device cpu"),
 ]
 OUTPUTS = [
-    Fault("exists", 2, r"output folder exists \(1 files\)", "convert tiny -o out", write("out/mine", b"1"), "--overwrite"),
+    Fault("exists", 2, r"output folder exists \(\d+ files\)", "convert tiny -o tiny-default", fix="--overwrite"),
+    Fault("exists, not ours", 2, r"output folder exists \(1 files\)", "convert tiny -o out", write("out/mine", b"1"), "-o out-2"),
+    Fault(
+        "not ours to delete", 2, "deletes checkpoints only", "convert tiny -o out --overwrite", write("out/mine", b"1"), "-o out-2"
+    ),
+    Fault("in a file", 2, "output would lie in a file", "convert tiny -o mine/out", write("mine", b"1"), "-o"),
     Fault("is a file", 2, "the output is a file", "convert tiny -o out", write("out", b"")),
     Fault("is the source", 2, "the output is the source", "convert tiny -o tiny --overwrite"),
     Fault("inside the source", 2, "the output is the source", "convert tiny -o tiny/out"),
     Fault("is here", 2, "the output cannot be the current folder", "convert tiny -o '' --overwrite"),
-    Fault("distilled: exists", 2, "output folder exists", f"{DISTILL} -o out", write("out/mine", b"1"), "--overwrite"),
+    Fault("distilled: exists", 2, "output folder exists", f"{DISTILL} -o out", write("out/mine", b"1"), "-o out-2"),
+    Fault("distilled: not ours", 2, "checkpoints only", f"{DISTILL} -o out --overwrite", write("out/mine", b"1"), "-o out-2"),
+    Fault("target before any stage", 2, "no projection 'x'", f"{DISTILL} --set stages.lora.targets=x", fix="any of q, k"),
+    Fault("another method", 3, "a method is not set, it is default", f"{DISTILL} --set method=lolcats", fix="another recipe"),
+    Fault(
+        "layers that are not", 3, "slots@1-9 names layer .*layers 0–", "convert tiny --set slots@1-9=8 -o out", fix="fewer layers"
+    ),
+    Fault("teacher not there", 2, "unknown model './nothere'", "eval tiny-default --teacher ./nothere"),
+    Fault("page is a folder", 2, "the page is a folder", "report tiny-default -o .", fix="report.html"),
+    Fault("page in no folder", 2, "no such folder", "report tiny-default -o nowhere/x.html", fix="-o"),
+    Fault("page is the user's", 2, "is no report", "report tiny-default -o thesis.txt", write("thesis.txt", b"1"), "another file"),
     Fault("distilled: is its source", 2, "the output is the source", f"{DISTILL} -o tiny-default --overwrite"),
 ]
 DATA = [

@@ -74,6 +74,11 @@ def test_report_and_comparison(cli: Cli, folder: Path, text: Path, tmp_path: Pat
     before = (folder / "evaluation.json").stat().st_mtime_ns
     done = cli("report", "--compare", folder, folder, "-o", tmp_path / "both.html")
     assert done.code == 0, done.err
+    again = cli("report", "--compare", folder, folder, "-o", tmp_path / "both.html")  # a page of ours gives way
+    assert again.code == 0, again.err
+    assert cli("report", "--compare", folder, folder).code == 0
+    assert (folder / "comparison.html").is_file()
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     measured = json.loads((other / "evaluation.json").read_text())
