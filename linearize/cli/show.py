@@ -166,6 +166,7 @@ def checkpoint(console: Console, found: Mapping[str, Any]) -> None:
             ("method", f"{found['method']}  {pairs(found.get('options', {}))}  start {found['start']}"),
             ("stages", trained + ("  (adapter merged)" if found.get("merged") else "")),
             ("layers", f"{len(found['layers'])} converted: {span(layer['index'] for layer in found['layers'])}"),
+            ("kept", f"{found['softmax_layers']} of softmax, whose cache is not in the state" if found["softmax_layers"] else ""),
             ("state", f"{size(found['state_bytes'])} per sequence" if found["kv_bytes"] else "none: it is an encoder"),
             ("KV would be", ", ".join(f"{size(n)} at {int(length):,}" for length, n in found["kv_bytes"].items()) or "none"),
             ("files", "whole, hashes match" if files.get("verified") else "sizes match; hashes not read"),

@@ -22,11 +22,13 @@ def inspect(directory: Path, verify: bool = True) -> dict[str, Any]:
             {"index": layer["index"], "module": layer["module"], "state_bytes": spec.state_bytes(shape), "mixer": spec.to_dict()}
         )
     kv = sum(2 * layer["shape"]["kv_heads"] * layer["shape"]["head_dim"] * KV_DTYPE_BYTES for layer in plan_layers(plan))
+    kv += kv // len(layers) * plan["softmax_layers"] if layers else 0
     lengths = KV_LENGTHS if is_causal(plan) else ()  # an encoder caches nothing
     return {
         "path": str(directory), "model_type": config["model_type"], "method": plan["method"], "options": plan["options"],
         "start": plan["start"], "stages": plan["stages"], "merged": any(s.get("merged") for s in plan["stages"]),
-        "source": plan["source"], "layers": layers, "state_bytes": sum(layer["state_bytes"] for layer in layers),
+        "source": plan["source"], "layers": layers, "softmax_layers": plan["softmax_layers"],
+        "state_bytes": sum(layer["state_bytes"] for layer in layers),
         "kv_bytes": {str(n): n * kv for n in lengths}, "linearize_version": plan["version"], "schema": plan["schema"],
         "files": {"verified": verify, "count": len(files), "bytes": sum(file["bytes"] for file in files)},
     }  # fmt: skip

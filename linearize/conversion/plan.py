@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,10 +74,16 @@ class Plan:
         count = len(self.parts)
         return sum(each[part.mixer] for part in self.parts.values()) * (count - self.keeps) // count
 
-    def kv_bytes(self, tokens: int, layers: int | None = None) -> int:
-        """Bytes of the softmax cache of `tokens` tokens in 16 bits."""
-        count = self.total if layers is None else layers
-        return count * tokens * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim) * KV_DTYPE_BYTES
+    def kv_bytes(self, tokens: int, layers: Iterable[int] | None = None) -> int:
+        """Bytes of the softmax cache of `tokens` tokens in 16 bits, of all layers or these; one that slides keeps its window."""
+        sliding = self.architecture.sliding(self.source.config)
+        kept = (min(tokens, sliding[i] or tokens) for i in (range(self.total) if layers is None else layers))
+        return sum(kept) * self.shape.kv_heads * (self.shape.head_dim + self.shape.value_dim) * KV_DTYPE_BYTES
+
+    def kv_bytes_saved(self, tokens: int) -> int:
+        """How many of these bytes the conversion does without; where it is not known which layers stay, by the mean of them."""
+        count = len(self.parts)
+        return self.kv_bytes(tokens, self.parts) * (count - self.keeps) // count - self.state_bytes
 
     def config_field(self) -> dict[str, Any]:
         """`config.linearize` of the checkpoint."""
@@ -123,17 +129,19 @@ class Plan:
             "parameters_added": self._of_all(added),
             "state_bytes": self.state_bytes,
             "kv_bytes": {str(n): self.kv_bytes(n) for n in lengths},
-            "kv_bytes_saved": {str(n): self.kv_bytes(n, chosen) - self.state_bytes for n in lengths},
+            "kv_bytes_saved": {str(n): self.kv_bytes_saved(n) for n in lengths},
         }  # fmt: skip
 
     def _row(self, index: int, part: Place | None, added: Mapping[MixerSpec, int]) -> dict[str, Any]:
+        window = self.architecture.sliding(self.source.config)[index] if self.architecture.causal else None
+        slides = self.kv_bytes(window, (index,)) if window else None  # a kept layer's cache that does not grow
         return {
             "index": index,
             "module": self.architecture.attention.format(index),
             "was": "softmax",
             "becomes": part.name if part else "kept",
             "parameters": added[part.mixer] if part else 0,
-            "state_bytes": part.mixer.state_bytes(self.shape) if part else None,
+            "state_bytes": part.mixer.state_bytes(self.shape) if part else slides,
         }
 
 

@@ -128,6 +128,15 @@ def test_inspect(cli: Cli, converted: Path) -> None:
     assert found["files"]["verified"]
 
 
+def test_inspect_tells_of_layers_that_stay_softmax(cli: Cli, model: Path, converted: Path, book: Path, tmp_path: Path) -> None:
+    """They have a cache beside the state, and would have had one before."""
+    assert cli("convert", model, "--layers", "0", "--calibration", book, "-o", tmp_path / "half").code == 0
+    assert "1 of softmax, whose cache is not in the state" in cli("inspect", tmp_path / "half").out
+    half, whole = (json.loads(cli("inspect", folder, "--json").out) for folder in (tmp_path / "half", converted))
+    assert (half["softmax_layers"], whole["softmax_layers"]) == (1, 0)
+    assert half["kv_bytes"] == whole["kv_bytes"]
+
+
 def test_convert_names_its_output_by_model_and_method(
     cli: Cli, model: Path, book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

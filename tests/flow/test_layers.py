@@ -60,6 +60,22 @@ def test_sliding_layers_are_left_alone() -> None:
     assert windows == {layer: 64 if layer in (5, 11) else 32 for layer in range(12)}
 
 
+def test_bytes_of_layers_that_are_kept() -> None:
+    """A layer that slides keeps its window and no more, one of full attention grows; what is saved is of those converted."""
+    token = 2 * 4 * 16 * 2  # bytes a layer: keys and values of 4 heads of 16 numbers of 16 bits
+    gemma = {"model_type": "gemma3_text", "sliding_window": 32, "head_dim": 16, "num_key_value_heads": 4}
+    made = planned(None, **gemma)
+    assert made.kv_bytes(1000) == token * (10 * 32 + 2 * 1000)
+    assert made.kv_bytes(20) == token * 12 * 20
+    assert made.kv_bytes_saved(1000) == token * 2 * 1000 - made.state_bytes
+    rows = made.to_dict()["layers"]
+    assert [rows[i]["state_bytes"] for i in (0, 4)] == [token * 32] * 2
+    assert rows[5]["state_bytes"] == made.state_bytes // 2
+    llama = planned("0-3", model_type="llama")
+    assert llama.to_dict()["layers"][4]["state_bytes"] is None
+    assert llama.kv_bytes_saved(1000) == llama.kv_bytes(1000) // 3 - llama.state_bytes
+
+
 def test_a_model_whose_layers_all_slide_is_converted_whole() -> None:
     assert len(planned(None, model_type="mistral", sliding_window=4096).parts) == 12
     assert len(planned(None, model_type="qwen2", sliding_window=4096, use_sliding_window=False).parts) == 12
