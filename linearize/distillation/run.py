@@ -114,6 +114,8 @@ def distill(
     check_layout(made, plan)
     made = replace(made, **{key: x for key, x in told.items() if x is not None})  # type: ignore[arg-type]
     chosen = stages_for(made, stage, tokens)
+    if sequence is not None and stage != ALL:  # it is of the stage that is named, whatever that has of its own
+        chosen = [replace(one, sequence=0) for one in chosen]
     check_losses(chosen, plan_layers(plan))
     if made.recall:
         need_decoder(plan, str(directory), "recall rows are")

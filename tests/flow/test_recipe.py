@@ -76,6 +76,12 @@ def test_an_adapter_apart_is_the_same_model(folder: Path, tmp_path: Path) -> Non
         merge(folder)
 
 
+def test_the_length_that_is_asked_for_is_that_of_the_stage_that_is_named(folder: Path, tmp_path: Path) -> None:
+    text = str(folder.parent / "book.txt")
+    made = distill(folder, data=text, stage="long", sequence=32, tokens=64, output=tmp_path / "out")
+    assert [(stage["sequence"], stage["tokens"]) for stage in made.stages] == [(32, 64)]
+
+
 def test_a_head_takes_no_adapter(folder: Path, tmp_path: Path) -> None:
     for target, said in (("lm_head", "output head"), ("x", "no projection 'x'")):
         with pytest.raises(UsageError, match=said):
