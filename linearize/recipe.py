@@ -24,7 +24,7 @@ Bound = tuple[float, float]
 BOUNDS: dict[str, Bound] = {
     "tokens": (1, 1e15), "lr": (1e-9, 10), "mixer_lr": (0, 10), "rank": (1, 4096), "dropout": (0, 0.9), "temperature": (0.01, 100),
     "far_weight": (0.01, 1000), "window_min": (0, 1e9), "window_dropout": (0, 0.9), "slot_share": (0.001, 1),
-    "slot_share_min": (0, 1), "sequence": (0, 1e9), "batch": (1, 1e6), "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
+    "sequence": (0, 1e9), "batch": (1, 1e6), "seed": (0, 2**31), "recall": (0, 0.9), "held_out": (1, 99),
 }  # fmt: skip
 
 
@@ -141,11 +141,7 @@ def _stages(given: Any, own: Mapping[str, Stage], where: str) -> tuple[Stage, ..
         base = own.get(kind) or (LONG_STAGE if kind == LONG else Stage(kind, 1_000_000, 1e-2 if kind == ATTENTION else 1e-4))
         if not isinstance(said or {}, Mapping):
             raise InputError(f"stage {kind} must have keys of its own", where, "stages: {attention: {tokens: 500k}}")
-        found.append(stage := replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))
-        low, high, least = stage.slot_share_min, stage.slot_share, BOUNDS["slot_share"][0]
-        if low and not least <= low <= high:
-            what = f"slot_share_min must be 0, or lie between {least:g} and slot_share, got {low:g}"
-            raise InputError(what, f"{where}: stages.{kind}", f"slot_share_min: {high / 2:g}")
+        found.append(replace(base, **_fields(Stage, said or {}, f"{where}: stages.{kind}", ("kind",))))
     order = [KINDS.index(stage.kind) for stage in found]
     if order != sorted(order):
         raise InputError("stages are not in order", where, f"in this order: {', '.join(KINDS)}")

@@ -60,20 +60,13 @@ def drawn_window(stage: Stage, window: int) -> int:
     return int(torch.randint(low, window + 1, ()))
 
 
-def drawn_share(stage: Stage) -> float:
-    """A share of the slots for one step, between the stage's smallest and its own: each factor between them is as likely."""
-    low, high = stage.slot_share_min, stage.slot_share
-    return high if low in (0, high) else low * (high / low) ** float(torch.rand(()))
-
-
 @contextmanager
 def narrowed(mixers: list[Mixer], stage: Stage) -> Iterator[None]:
-    """Mixers with a drawn window, the same for all of one size, and one drawn share of their slots, so that the memory is used.
+    """Mixers with a drawn window, the same for all of one size, and a share of their slots, so that the memory behind is used.
 
     With a share s of the slots, and scores that fade 1 / s times as fast, a row of T tokens loses what one of T / s would.
-    In stage attention each layer draws for itself, in the others all of a process draw as one.
     """
-    kept, share = [mixer.spec for mixer in mixers], drawn_share(stage)
+    kept, share = [mixer.spec for mixer in mixers], stage.slot_share
     drawn = {window: drawn_window(stage, window) for window in sorted({spec.window for spec in kept})}
     rates = [mixer.slot_score.rate for mixer in mixers if mixer.slot_score is not None and share < 1]
     before = [rate.detach().clone() for rate in rates]

@@ -68,7 +68,6 @@ class Stage:
     window_min: int = 0  # windows are drawn from here to the mixer's own; 0 leaves them
     window_dropout: float = 0.0  # how often a window is one token long
     slot_share: float = 1.0  # of a mixer's slots, while it learns: scores fade as much faster, so rows stand for longer ones
-    slot_share_min: float = 0.0  # shares are drawn from here to slot_share, step by step; 0 leaves it
     sequence: int = 0  # tokens a row; 0 is the run's
 
     def __post_init__(self) -> None:

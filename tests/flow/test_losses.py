@@ -14,7 +14,7 @@ from linearize import convert_model
 from linearize.distillation.layer_losses import LAYER_LOSSES, LayerCall
 from linearize.distillation.logit_losses import LOGIT_LOSSES, LogitCall
 from linearize.distillation.losses import check_losses, terms
-from linearize.distillation.stages import AttentionTransfer, drawn_share, drawn_window, narrowed, token_weight
+from linearize.distillation.stages import AttentionTransfer, drawn_window, narrowed, token_weight
 from linearize.errors import UsageError
 from linearize.methods import make
 from linearize.methods.base import Stage
@@ -203,32 +203,6 @@ def test_a_share_of_the_slots_is_a_mixer_with_fewer_whose_scores_fade_faster(sco
             assert torch.equal(mixer(inputs)[0], small(inputs)[0])
         assert not torch.equal(before, small(inputs)[0])
         assert torch.equal(mixer(inputs)[0], before)
-
-
-def test_shares_of_the_slots_are_drawn_evenly_by_factors_and_one_narrows_all_mixers() -> None:
-    stage = replace(STAGE, slot_share=0.5, slot_share_min=0.125)
-    torch.manual_seed(0)
-    shares = [drawn_share(stage) for _ in range(400)]
-    assert 0.125 <= min(shares) < 0.13 < 0.48 < max(shares) <= 0.5
-    assert sum(share < 0.25 for share in shares) == pytest.approx(200, abs=40)
-    spec = replace(make("default").point(), window=4, sinks=2, slots=16, slot_score="learned")
-    mixers = [random_mixer(spec) for _ in range(2)]
-    rates = [mixer.slot_score.rate.detach().clone() for mixer in mixers if mixer.slot_score is not None]
-    torch.manual_seed(1)
-    share = drawn_share(stage)
-    torch.manual_seed(1)
-    with narrowed(mixers, stage):
-        for mixer, rate in zip(mixers, rates, strict=True):
-            assert mixer.spec.slots == math.ceil(16 * share)
-            assert mixer.slot_score is not None
-            assert torch.equal(mixer.slot_score.rate, rate / share)
-
-
-def test_without_a_smallest_share_nothing_is_drawn() -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    assert [drawn_share(replace(STAGE, slot_share=share)) for share in (1, 0.25)] == [1, 0.25]
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_far_weight_is_of_tokens_beyond_the_window() -> None:

@@ -103,8 +103,6 @@ def test_a_head_takes_no_adapter(folder: Path, tmp_path: Path) -> None:
         ({}, ["stages"], "not key=value", "--set"),
         ({"method": "liger"}, [], "method liger, the checkpoint's is default", "--method liger"),
         ({"sequence": 3}, [], "at least 8", "1024"),
-        ({"stages": {"lora": {"slot_share": 0.25, "slot_share_min": 0.5}}}, [], "and slot_share, got 0.5", "min: 0.125"),
-        ({"stages": {"lora": {"slot_share": 0.25, "slot_share_min": 1e-9}}}, [], "0.001 and slot_share, got 1e-09", "min: 0.125"),
         ({"options": ["window"]}, [], "options cannot be", "window: 128"),
     ],
 )

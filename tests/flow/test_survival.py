@@ -82,9 +82,9 @@ def undisturbed(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_state_from_before_a_field_was_goes_on_where_the_field_is_as_by_default() -> None:
     stage = {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(Stage("lora", 100, 1e-4)).items()}
-    older = {key: x for key, x in stage.items() if key not in ("slot_share_min", "targets")}
+    older = {key: x for key, x in stage.items() if key not in ("slot_share", "targets")}
     check_same({"stages": [older]}, {"stages": [stage]})
-    for changed in ({**stage, "slot_share_min": 0.125}, {**stage, "lr": 1e-3}):
+    for changed in ({**stage, "slot_share": 0.125}, {**stage, "lr": 1e-3}):
         with pytest.raises(InputError, match="the run was begun with stages"):
             check_same({"stages": [older]}, {"stages": [changed]})
 
