@@ -122,7 +122,7 @@ def test_an_adapter_on_projections_that_are_one_matrix() -> None:
         assert len(changed) == 3
         assert all(f"{fused}.weight" in name for name in changed)
         with pytest.raises(UsageError, match="no projection 'x'") as refused:
-            lora.check_targets(Stage("lora", 1, 1e-3, targets=("x",)), {"q": fused, "k": fused, "v": fused, "o": "o"}, model)
+            lora.check_targets(Stage("lora", 1, 1e-3, targets=("x",)), model)
         assert f"({fused} holds qkv in one)" in refused.value.fix
 
 
