@@ -42,7 +42,7 @@ from linearize.evaluation.report import (
     render,
     weights_of,
     write_atomically,
-)  # fmt: skip
+)
 from linearize.evaluation.speed import LENGTHS
 from linearize.evaluation.texts import Texts, read_texts
 from linearize.loading import load

@@ -82,17 +82,20 @@ def load_source(
     try:
         auto = getattr(transformers, auto_class(source.config, source.id))
         model = auto.from_pretrained(where, revision=source.revision, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=source.revision)
-    except ValueError as error:
-        if "tokenizer" not in str(error):
-            raise
-        fix = "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
-        raise InputError("no tokenizer can be read", where, fix) from error
+        tokenizer = _tokenizer(where, source.revision)
     except OSError as error:
         if source.format != "hub":
             raise IntegrityError("the model cannot be loaded", where, str(error).splitlines()[0]) from error
         raise HubError("the weights cannot be fetched", where, "check the network, or point at a local copy") from error
     return model, tokenizer
+
+
+def _tokenizer(where: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(where, revision=revision)
+    except ValueError as error:
+        fix = "put its files (tokenizer.json, tokenizer_config.json) beside the weights"
+        raise InputError("no tokenizer can be read", where, fix) from error
 
 
 def attach(model: nn.Module, plan: Mapping[str, Any], device: torch.device | None = None) -> Any:

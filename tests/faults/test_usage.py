@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli.tiny import Cli
+from cli.tiny import Cli, write_model
 
 from .fault import Fault, trial, write
 
@@ -70,6 +70,13 @@ OUTPUTS = [
         "layers that are not", 3, "slots@1-9 names layer .*layers 0–", "convert tiny --set slots@1-9=8 -o out", fix="fewer layers"
     ),
     Fault("teacher not there", 2, "unknown model './nothere'", "eval tiny-default --teacher ./nothere"),
+    Fault(
+        "teacher of another size",
+        4,
+        "the teacher has num_hidden_layers 3, the checkpoint num_hidden_layers 2: ./other",
+        "eval tiny-default --teacher ./other",
+        lambda: write_model(Path("other"), num_hidden_layers=3),
+    ),
     Fault("page is a folder", 2, "the page is a folder", "report tiny-default -o .", fix="report.html"),
     Fault("page in no folder", 2, "no such folder", "report tiny-default -o nowhere/x.html", fix="-o"),
     Fault("page is the user's", 2, "is no report", "report tiny-default -o thesis.txt", write("thesis.txt", b"1"), "another file"),
